@@ -1,0 +1,52 @@
+"""Dense joint attention over text and image tokens: what a layer of sparsity 0 runs."""
+
+import jax
+import jax.numpy as jnp
+
+from elasticdit_jax.types import Array
+
+
+def dense_attention(
+  q: Array, k: Array, v: Array, text_len: int, text_mask: Array | None = None, *, scale: float | None = None
+) -> jax.Array:
+  """softmax(scale q k^T) v over all tokens, with absent text tokens hidden from every query.
+
+  Args:
+    q: [B, T, heads, head_dim], the text tokens first.
+    k: like q.
+    v: like q.
+    text_len: how many of the T tokens are text; 0 for none.
+    text_mask: bool [B, text_len], True where a text token is present; None where all are. A row without any is fine as
+      long as there are image tokens.
+    scale: head_dim ** -0.5 where None.
+
+  Returns:
+    [B, T, heads, head_dim] in the dtype of q; logits and softmax are float32. Rows of absent text tokens hold
+    what an ordinary query would get; nothing may read them.
+
+  Raises:
+    ValueError: where shapes or dtypes disagree.
+  """
+  check_qkv(q, k, v, text_len, text_mask)
+  mask = None
+  if text_mask is not None and text_len:
+    image = jnp.ones((q.shape[0], q.shape[1] - text_len), bool)
+    mask = jnp.concatenate([text_mask, image], axis=1)[:, None, None, :]
+  return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
+
+
+def check_qkv(q: Array, k: Array, v: Array, text_len: int, text_mask: Array | None) -> None:
+  """Raises ValueError, naming the argument, where joint attention inputs do not fit together."""
+  if q.ndim != 4:
+    raise ValueError(f"q: expected [B, T, heads, head_dim], got shape {q.shape}")
+  for name, x in (("k", k), ("v", v)):
+    if x.shape != q.shape:
+      raise ValueError(f"{name}: expected shape {q.shape} like q, got {x.shape}")
+    if x.dtype != q.dtype:
+      raise ValueError(f"{name}: expected dtype {q.dtype} like q, got {x.dtype}; cast it first")
+  if not 0 <= text_len <= q.shape[1]:
+    raise ValueError(f"text_len: expected 0..{q.shape[1]}, the number of tokens in q, got {text_len}")
+  if text_mask is not None:
+    expected = (q.shape[0], text_len)
+    if text_mask.shape != expected or text_mask.dtype != jnp.bool_:
+      raise ValueError(f"text_mask: expected bool {expected}, got {text_mask.dtype} {text_mask.shape}")

@@ -1,0 +1,55 @@
+"""Dense joint attention: absent text is invisible, and nothing else changes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest
+
+from elasticdit_jax.ops import attention
+
+
+def inputs(text_len=3, image=6, dtype=jnp.float32):
+  keys = jax.random.split(jax.random.key(0), 3)
+  return tuple(jax.random.normal(k, (2, text_len + image, 2, 4), dtype) for k in keys)
+
+
+class DenseAttentionTest(absltest.TestCase):
+  def test_equals_plain_softmax(self):
+    q, k, v = inputs()
+    weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * 0.5, axis=-1)
+    expected = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+    np.testing.assert_allclose(attention.dense_attention(q, k, v, 3), expected, atol=1e-5)
+
+  def test_absent_text_equals_shorter_text(self):
+    q, k, v = inputs()
+    mask = jnp.array([[True, True, False], [False, False, False]])
+    out = attention.dense_attention(q, k, v, 3, mask)
+    for row, present in ((0, [0, 1]), (1, [])):
+      keep = np.array(present + list(range(3, 9)))
+      alone = attention.dense_attention(q[row : row + 1, keep], k[row : row + 1, keep], v[row : row + 1, keep], 0)
+      np.testing.assert_allclose(out[row, keep], alone[0], atol=1e-5)
+    grad = jax.grad(lambda k: jnp.sum(attention.dense_attention(q, k, v, 3, mask)[:, 3:] ** 2))(k)
+    np.testing.assert_array_equal(grad[1, :3], jnp.zeros((3, 2, 4)))
+
+  def test_scale_and_dtype(self):
+    q, k, v = inputs(dtype=jnp.bfloat16)
+    out = attention.dense_attention(q, k, v, 0, scale=0.0)
+    self.assertEqual(out.dtype, jnp.bfloat16)
+    average = jnp.broadcast_to(jnp.mean(v.astype(jnp.float32), axis=1, keepdims=True), v.shape)
+    np.testing.assert_allclose(out.astype(jnp.float32), average, atol=0.02)
+
+  def test_bad_input_names_the_argument(self):
+    q, k, v = inputs()
+    for message, args in (
+      (r"k: expected shape", (q, k[:, 1:], v, 3)),
+      (r"v: expected dtype float32 like q, got bfloat16", (q, k, v.astype(jnp.bfloat16), 3)),
+      (r"q: expected \[B, T, heads, head_dim\]", (q[0], k, v, 3)),
+      (r"text_len: expected 0..9", (q, k, v, 10)),
+      (r"text_mask: expected bool \(2, 3\), got float32 \(2, 3\)", (q, k, v, 3, jnp.ones((2, 3)))),
+    ):
+      with self.assertRaisesRegex(ValueError, message):
+        attention.dense_attention(*args)
+
+
+if __name__ == "__main__":
+  absltest.main()
