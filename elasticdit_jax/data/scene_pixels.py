@@ -1,6 +1,7 @@
 """The pixels of the embedded world: anti-aliased shapes from an atlas over soft backgrounds."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,36 +30,40 @@ RADII = np.linspace(0.30, 0.47, 18)
 STEPS = 2  # positions per pixel and axis
 
 
-def _mask(shape: int, radius: float, dy: float, dx: float, width: int) -> np.ndarray:
-  """float32 [width, width] coverage of a shape whose middle is (dy, dx) pixels from the patch's middle."""
-  axis = np.arange(width) + 0.5 - width / 2
-  y, x = np.abs(axis[:, None] - dy), np.abs(axis[None, :] - dx)
+def coverage(shape: int, radius: float, cy: float, cx: float, height: int, width: int) -> np.ndarray:
+  """Anti-aliased mask of one shape.
+
+  Args:
+    shape: index into SHAPES.
+    radius: in pixels, as RADIUS defines it.
+    cy: vertical middle of the shape's bounding box in pixels, 0 at the window's upper edge.
+    cx: horizontal middle.
+    height: of the window.
+    width: of the window.
+
+  Returns:
+    float32 [height, width] in [0, 1].
+  """
+  down, right = np.arange(height)[:, None] + 0.5 - cy, np.arange(width)[None, :] + 0.5 - cx
+  y, x = np.abs(down), np.abs(right)
+  if shape == 1:
+    side = SQUARE * radius + 0.5
+    return (np.clip(side - y, 0, 1) * np.clip(side - x, 0, 1)).astype(np.float32)
   if shape == 0:
     inside = radius - np.hypot(y, x)
-  elif shape == 1:
-    side = np.clip(SQUARE * radius + 0.5 - y, 0, 1) * np.clip(SQUARE * radius + 0.5 - x, 0, 1)
-    return side.astype(np.float32)
   else:
     half = TRIANGLE_HEIGHT / 2 * radius
-    down = axis[:, None] - dy + half  # distance below the apex
-    slope = 1 / TRIANGLE_HEIGHT
-    inside = np.minimum((down * slope - x) / np.hypot(slope, 1), 2 * half - down)
+    inside = np.minimum((down + half - TRIANGLE_HEIGHT * x) / np.hypot(1, TRIANGLE_HEIGHT), half - down)
   return np.clip(inside + 0.5, 0, 1).astype(np.float32)
 
 
 @functools.lru_cache(maxsize=4)
 def atlas(size: int) -> np.ndarray:
   """float32 [shapes * radii * steps * steps, P, P, 1]: every mask a picture of this size needs."""
-  cell = size // GRID
-  width = cell + 2
-  steps = np.arange(STEPS) / STEPS
-  masks = [
-    _mask(shape, radius * cell, dy, dx, width)
-    for shape in range(len(SHAPES))
-    for radius in RADII
-    for dy in steps
-    for dx in steps
-  ]
+  width = size // GRID + 2
+  steps = np.arange(STEPS) / STEPS + width / 2
+  shapes = range(len(SHAPES))
+  masks = [coverage(*case, width, width) for case in itertools.product(shapes, RADII * (width - 2), steps, steps)]
   return np.stack(masks)[..., None]
 
 
