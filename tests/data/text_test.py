@@ -72,12 +72,12 @@ class WordEncoderTest(parameterized.TestCase):
       self.encoder.length = 3
 
   @parameterized.parameters(
-    dict(words=(), length=4, dim=4),
-    dict(words=("Red",), length=4, dim=4),
-    dict(words=("two words",), length=4, dim=4),
-    dict(words=("red", "red"), length=4, dim=4),
-    dict(words=("red",), length=0, dim=4),
-    dict(words=("red",), length=4, dim=2.5),
+    {"words": (), "length": 4, "dim": 4},
+    {"words": ("Red",), "length": 4, "dim": 4},
+    {"words": ("two words",), "length": 4, "dim": 4},
+    {"words": ("red", "red"), "length": 4, "dim": 4},
+    {"words": ("red",), "length": 0, "dim": 4},
+    {"words": ("red",), "length": 4, "dim": 2.5},
   )
   def test_invalid_encoders_are_refused(self, **fields):
     with self.assertRaisesRegex(ValueError, "WordEncoder"):
