@@ -182,14 +182,17 @@ def color_shape_allowed(split: str) -> np.ndarray:
   return np.array([[free or (c, s) not in HELD_COLOR_SHAPE for c in COLORS] for s in SHAPES])
 
 
-def _visits(rows: list[Spec], count: int, rng: np.random.Generator) -> list[Spec]:
-  """`count` rows of one group: 7 of 10 coloured where both kinds exist, each kind cycled in random order."""
+def _visits(rows: list[Spec], count: int, first: int, rng: np.random.Generator) -> list[Spec]:
+  """`count` rows of one group: 7 of 10 coloured where both kinds exist, each kind cycled in random order.
+
+  `first` staggers the uncoloured ones between groups, so that few visits keep the ratio too.
+  """
   kinds = [[row for row in rows if bool(row.objects[0].color) == colored] for colored in (True, False)]
   kinds = [[kind[i] for i in rng.permutation(len(kind))] for kind in kinds]
   taken = [0, 0]
   chosen = []
   for visit in range(count):
-    kind = int(7 * visit % 10 >= 7)
+    kind = int((7 * visit + 3 * first) % 10 >= 7)
     kind = kind if kinds[kind] else 1 - kind
     chosen.append(kinds[kind][taken[kind] % len(kinds[kind])])
     taken[kind] += 1
@@ -220,7 +223,7 @@ def eval_prompts(per_task: int, split: str, seed: int = 0) -> list[Prompt]:
         groups.setdefault(spec.group, []).append(spec)
     order = [list(groups)[i] for i in rng.permutation(len(groups))]
     rounds = -(-per_task // len(order))
-    cycles = [_visits(groups[group], rounds, rng) for group in order]
+    cycles = [_visits(groups[group], rounds, first, rng) for first, group in enumerate(order)]
     rows = [cycles[i % len(order)][i // len(order)] for i in range(per_task)]
     prompts += [Prompt(task, row.caption) for row in rows]
   return prompts

@@ -17,19 +17,32 @@ from collections.abc import Sequence
 import numpy as np
 
 from elasticdit_jax.data import scene_pixels, scene_prompts
-from elasticdit_jax.data.scene_pixels import BACKGROUNDS, COLOR_JITTER, GRID, PALETTE, RADII, RADIUS, STEPS  # noqa: F401
-from elasticdit_jax.data.scene_prompts import (  # noqa: F401  (the names of the world, offered here as one surface)
+from elasticdit_jax.data.scene_pixels import BACKGROUNDS, COLOR_JITTER, GRID, PALETTE, RADII, RADIUS, STEPS
+from elasticdit_jax.data.scene_prompts import (
   COLORS,
   MAX_OBJECTS,
   MAX_WORDS,
   RELATIONS,
   SHAPES,
   SIZES,
-  SPLITS,
   TASKS,
   VOCABULARY,
   Prompt,
   eval_prompts,
+)
+
+__all__ = (
+  "BACKGROUNDS",
+  "COLORS",
+  "MAX_WORDS",
+  "SHAPES",
+  "TASKS",
+  "TASK_WEIGHTS",
+  "VOCABULARY",
+  "Prompt",
+  "Scenes",
+  "eval_prompts",
+  "render",
 )
 
 TASK_WEIGHTS = (0.08, 0.10, 0.18, 0.12, 0.28, 0.24)

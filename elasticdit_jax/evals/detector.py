@@ -27,15 +27,20 @@ class Thresholds:
     saturation: least chroma of an object's pixels, in [0, 1].
     iou: least overlap (intersection over union) with the best template; below it the shape is "".
     min_area: smallest region, in cells of the 4 x 4 grid; the world's smallest object has 0.16.
+    max_area: largest region that can have a shape, in cells; the world's largest object has 0.69.
     blur: standard deviation of a Gaussian that pictures pass first, in pixels of a 128 px picture.
     purity: least share of the most frequent colour in a region; below it the region is split by colour.
   """
 
-  saturation: float = 0.28
+  saturation: float = 0.25
   iou: float = 0.8
   min_area: float = 0.05
+  max_area: float = 2.0
   blur: float = 0.0
   purity: float = 0.65
+
+
+DEFAULT = Thresholds()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +85,7 @@ def _color(rgb: np.ndarray) -> np.ndarray:
 
 
 def _regions(mask: np.ndarray, color: np.ndarray, least: float, purity: float) -> Iterator[np.ndarray]:
-  """Connected regions of at least `least` pixels as (window, bool mask), split by colour where mixed."""
+  """Connected regions of `least` or more pixels as (window, bool mask), split by colour where mixed."""
   labels, count = ndimage.label(mask)
   areas = np.bincount(labels.ravel(), minlength=count + 1)
   for number, window in enumerate(ndimage.find_objects(labels), 1):
@@ -132,15 +137,17 @@ def _shape(cover: np.ndarray) -> tuple[int, float, float, float, float, float]:
 
 def _detect(rgb: np.ndarray, thresholds: Thresholds) -> list[Detection]:
   size = rgb.shape[0]
+  cell = size / scene_pixels.GRID
   if thresholds.blur:
     rgb = ndimage.gaussian_filter(rgb, (*2 * [thresholds.blur * size / 128], 0))
-  mask = rgb.max(-1) - rgb.min(-1) > thresholds.saturation
-  least = thresholds.min_area * (size / scene_pixels.GRID) ** 2
+  red, green, blue = np.moveaxis(rgb, -1, 0)
+  high, low = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
+  mask = high - low > thresholds.saturation
   color = np.zeros(mask.shape, np.int64)
   color[mask] = _color(rgb[mask])
   pad = 4
   found = []
-  for window, region in _regions(mask, color, least, thresholds.purity):
+  for window, region in _regions(mask, color, thresholds.min_area * cell**2, thresholds.purity):
     wide = tuple(slice(max(s.start - pad, 0), s.stop + pad) for s in window)
     full = np.zeros(mask.shape, bool)
     full[window] = region
@@ -148,13 +155,13 @@ def _detect(rgb: np.ndarray, thresholds: Thresholds) -> list[Detection]:
     if not (cover > 0.5).any():
       continue
     shape, iou, cy, cx, radius, area = _shape(cover)
-    name = SHAPES[shape] if iou >= thresholds.iou else ""
+    name = SHAPES[shape] if iou >= thresholds.iou and area <= thresholds.max_area * cell**2 else ""
     middle = float(cy + wide[0].start), float(cx + wide[1].start)
     found.append(Detection(name, COLORS[int(_color(own))], *middle, float(radius), float(area), float(iou)))
   return found
 
 
-def detect(images: np.ndarray, thresholds: Thresholds = Thresholds()) -> list[list[Detection]]:  # noqa: B008
+def detect(images: np.ndarray, thresholds: Thresholds = DEFAULT) -> list[list[Detection]]:
   """Objects of each picture.
 
   Args:
