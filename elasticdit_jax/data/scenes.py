@@ -190,6 +190,21 @@ def _check(indices: np.ndarray, size: int, split: str, weights: Sequence[float])
     raise ValueError(f"task_weights: got {tuple(weights)}, expected {len(TASKS)} numbers >= 0, one per task of {TASKS}")
 
 
+def _picture(u, shape, bins, corner, shift, rgb, size) -> tuple[np.ndarray, np.ndarray]:
+  """(kind of background [N], uint8 [N, S, S, 3]) of objects at cell corners moved by `shift` steps."""
+  background, column, row = scene_pixels.backgrounds(u, size)
+  whole, part = np.divmod(shift, STEPS)
+  entry = ((shape * len(RADII) + bins) * STEPS + part[..., 0]) * STEPS + part[..., 1]
+  image = np.empty((len(shape), size, size, 3), np.uint8)
+  for begin in range(0, len(shape), _CHUNK):
+    rows = slice(begin, begin + _CHUNK)
+    used = np.nonzero(shape[rows] >= 0)
+    top, left = np.moveaxis((corner + whole)[rows][used], -1, 0)
+    objects = used[0], top, left, entry[rows][used], rgb[rows][used].astype(np.float32)
+    scene_pixels.paint(image[rows], column[rows], row[rows], objects)
+  return background, image
+
+
 def render(
   indices: np.ndarray,
   *,
@@ -231,18 +246,8 @@ def render(
   shift = np.floor(reach * (2 * per[..., 2:4] - 1) * STEPS + 0.5).astype(np.int64)
   rgb = np.clip(PALETTE[color] + COLOR_JITTER * (2 * per[..., 4:7] - 1), 0, 1) * 255
 
-  background, column, row = scene_pixels.backgrounds(u[:, 4:_OBJECT_DRAWS], size)
   corner = np.stack(np.divmod(place, GRID), axis=-1) * cell
-  whole, part = np.divmod(shift, STEPS)
-  entry = ((shape * len(RADII) + bins) * STEPS + part[..., 0]) * STEPS + part[..., 1]
-  image = np.empty((len(indices), size, size, 3), np.uint8)
-  for begin in range(0, len(indices), _CHUNK):
-    rows = slice(begin, begin + _CHUNK)
-    used = np.nonzero(shape[rows] >= 0)
-    top, left = np.moveaxis((corner + whole)[rows][used], -1, 0)
-    objects = used[0], top, left, entry[rows][used], rgb[rows][used].astype(np.float32)
-    scene_pixels.paint(image[rows], column[rows], row[rows], objects)
-
+  background, image = _picture(u[:, 4:_OBJECT_DRAWS], shape, bins, corner, shift, rgb, size)
   middle = (corner + cell / 2 + shift / STEPS).astype(np.float32)
   return Scenes(
     image=image,
