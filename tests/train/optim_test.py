@@ -48,8 +48,8 @@ def _params(seed=0):
 
 
 def _grads(params, step):
-  keys = iter(jax.random.split(jax.random.key(step), 100))
-  return jax.tree.map(lambda p: p + jax.random.normal(next(keys), p.shape), params)
+  rng = np.random.default_rng(step)
+  return jax.tree.map(lambda p: np.asarray(p) + rng.normal(size=p.shape).astype(np.float32), params)
 
 
 def _bits(tree):
