@@ -1,0 +1,177 @@
+"""A model directory: everything that turns prompts into images, as safetensors and JSON.
+
+    model.json         sizes, text encoder, flow shift, VAE statistics, where it came from
+    dit.safetensors    the one shared weight set (EMA)
+    vae_f8.safetensors, vae_f16.safetensors
+    routes.json        the ways through it
+
+A training run keeps one as WORKDIR/model; the package ships one for its embedded default.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from elasticdit_jax import elastic
+from elasticdit_jax.data.text import WordEncoder
+from elasticdit_jax.elastic import Route
+from elasticdit_jax.interop import weights
+from elasticdit_jax.models import dit, tdvae
+from elasticdit_jax.models.codec import Codec
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowShift:
+  """Resolution-dependent time shift: `shift` is right for `tokens` image tokens (see flow.path.shift_for)."""
+
+  shift: float
+  tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """What `load` returns and `save` takes.
+
+  Attributes:
+    cfg, params: the backbone and its parameters.
+    codecs: VAE factor -> Codec.
+    encoder: captions to Text.
+    routes: by name.
+    flow: the time shift used in training.
+    size: side of the training images, pixels.
+    provenance: free text fields (command, seed, date ...) for people.
+  """
+
+  cfg: dit.DiTConfig
+  params: dict
+  codecs: Mapping[int, Codec]
+  encoder: WordEncoder
+  routes: Mapping[str, Route]
+  flow: FlowShift
+  size: int
+  provenance: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def save(path: str | os.PathLike, model: Model, dtype: str = "float32") -> None:
+  """Writes the directory; an older one at `path` is replaced only once the new one is complete.
+
+  Args:
+    path: the directory.
+    model: what to write.
+    dtype: of the stored weights, "float32" or "float16".
+  """
+  path = os.fspath(path).rstrip("/")
+  partial = f"{path}.partial"
+  shutil.rmtree(partial, ignore_errors=True)
+  os.makedirs(partial)
+  save_codecs(partial, model.codecs, dtype)
+  weights.save_tree(f"{partial}/dit.safetensors", model.params, dtype=dtype)
+  elastic.save_routes(f"{partial}/routes.json", model.routes)
+  described = {
+    "format": FORMAT,
+    "dit": dataclasses.asdict(model.cfg),
+    "text_encoder": model.encoder.to_json(),
+    "flow": dataclasses.asdict(model.flow),
+    "size": model.size,
+    "provenance": dict(model.provenance),
+  }
+  _write_json(f"{partial}/model.json", described)
+  shutil.rmtree(path, ignore_errors=True)
+  os.replace(partial, path)
+
+
+def load(path: str | os.PathLike) -> Model:
+  """Reads a model directory, or the one inside a training run.
+
+  Raises:
+    ValueError: where the directory or a file in it is missing or damaged, or weights do not fit model.json.
+  """
+  path = os.fspath(path)
+  if not os.path.isfile(f"{path}/model.json") and os.path.isfile(f"{path}/model/model.json"):
+    path = f"{path}/model"
+  described = _read_json(path)
+  cfg = dit.DiTConfig(**described["dit"])
+  params = weights.load_tree(f"{path}/dit.safetensors")
+  weights.check_tree(dit.init_shapes(cfg), params, f"{path}/dit.safetensors")
+  return Model(
+    cfg,
+    jax.tree.map(jnp.asarray, params),
+    load_codecs(path),
+    WordEncoder.from_json(described["text_encoder"]),
+    elastic.load_routes(f"{path}/routes.json"),
+    FlowShift(**described["flow"]),
+    described["size"],
+    described["provenance"],
+  )
+
+
+def save_codecs(path: str | os.PathLike, codecs: Mapping[int, Codec], dtype: str = "float32") -> None:
+  """Writes vae_f8.safetensors and vae_f16.safetensors; shape and statistics travel in their metadata."""
+  os.makedirs(path, exist_ok=True)
+  for factor, codec in codecs.items():
+    metadata = {
+      "config": json.dumps(dataclasses.asdict(codec.cfg)),
+      "shift": json.dumps(np.asarray(codec.shift, np.float64).tolist()),
+      "scale": json.dumps(float(codec.scale)),
+    }
+    weights.save_tree(f"{path}/vae_f{factor}.safetensors", codec.params, dtype=dtype, metadata=metadata)
+
+
+def load_codecs(path: str | os.PathLike) -> dict[int, Codec]:
+  """Reads every vae_f*.safetensors of a directory.
+
+  Raises:
+    ValueError: where there is none, or one is damaged or does not fit its own description.
+  """
+  codecs = {}
+  for factor in elastic.VAE_FACTORS:
+    file = f"{os.fspath(path)}/vae_f{factor}.safetensors"
+    if os.path.isfile(file):
+      codecs[factor] = _load_codec(file)
+  if not codecs:
+    raise ValueError(
+      f"vae: no vae_f8.safetensors or vae_f16.safetensors in {os.fspath(path)}; train them with configs/vae.py"
+    )
+  return codecs
+
+
+def _load_codec(file: str) -> Codec:
+  params, metadata = weights.load_tree(file), weights.load_metadata(file)
+  try:
+    cfg = tdvae.VAEConfig(**json.loads(metadata["config"]))
+    shift, scale = json.loads(metadata["shift"]), json.loads(metadata["scale"])
+  except (KeyError, TypeError, json.JSONDecodeError) as e:
+    raise ValueError(f"vae: {file} lacks the description this library writes into its metadata ({e})") from e
+  weights.check_tree(tdvae.init_shapes(cfg), params, file)
+  return Codec(cfg, jax.tree.map(jnp.asarray, params), jnp.asarray(shift, jnp.float32), jnp.float32(scale))
+
+
+def _write_json(file: str, value: Mapping) -> None:
+  with open(file, "w") as f:
+    json.dump(value, f, indent=1)
+    f.write("\n")
+
+
+def _read_json(path: str) -> dict:
+  try:
+    with open(f"{path}/model.json") as f:
+      described = json.load(f)
+  except FileNotFoundError:
+    raise ValueError(
+      f"checkpoint: no model.json in {path}; expected a model directory or the workdir of a finished training run"
+    ) from None
+  except json.JSONDecodeError as e:
+    raise ValueError(f"checkpoint: {path}/model.json is not valid JSON ({e}); export the model again") from None
+  if described.get("format") != FORMAT:
+    raise ValueError(
+      f"checkpoint: {path}/model.json has format {described.get('format')!r}, this version reads {FORMAT}"
+    )
+  return described

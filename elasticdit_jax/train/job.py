@@ -1,0 +1,148 @@
+"""What a training task of the backbone is made of before its first step: data, VAEs, sizes, weights."""
+
+import dataclasses
+import importlib.resources
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from elasticdit_jax import elastic
+from elasticdit_jax.data import pipeline
+from elasticdit_jax.data.text import WordEncoder
+from elasticdit_jax.elastic import Route
+from elasticdit_jax.interop import model_dir, weights
+from elasticdit_jax.models import dit
+from elasticdit_jax.models.codec import Codec
+from elasticdit_jax.train import validation as validation_lib
+from elasticdit_jax.train.step import FlowConfig
+from elasticdit_jax.types import Batch, Text
+
+SHIPPED = "shipped"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """Everything fixed over a run.
+
+  Attributes:
+    config: the task's config.
+    workdir: where files go.
+    cfg, flow: backbone and times.
+    codecs: VAE factor -> Codec.
+    source, encoder: training data and the encoder of its captions.
+    held_out: validation batches, always the same.
+  """
+
+  config: Any
+  workdir: str
+  cfg: dit.DiTConfig
+  flow: FlowConfig
+  codecs: Mapping[int, Codec]
+  source: pipeline.Source
+  encoder: WordEncoder
+  held_out: tuple[Batch, ...]
+
+  def batches(self, start: int) -> Iterator[Batch]:
+    """Training batches from step `start` on."""
+    data = self.config.data
+    return pipeline.make_batches(
+      self.source,
+      self.encoder,
+      batch_size=data.batch_size,
+      seed=self.config.seed,
+      start_step=start,
+      caption_dropout=data.caption_dropout,
+      host_index=jax.process_index(),
+      host_count=jax.process_count(),
+    )
+
+  def validation(self) -> validation_lib.Validation:
+    """The held-out batches as one, encoded by every codec."""
+    image = np.concatenate([b.image for b in self.held_out])
+    text = jax.tree.map(lambda *parts: np.concatenate(parts), *[b.text for b in self.held_out])
+    bad = np.concatenate([b.bad for b in self.held_out])
+    return validation_lib.make_validation(self.cfg, self.codecs, Batch(image, Text(text.embedding, text.mask), bad))
+
+  def model(self, params: Any, routes: Mapping[str, Route], provenance: Mapping[str, str]) -> model_dir.Model:
+    """The weights with everything that generation needs."""
+    flow = model_dir.FlowShift(self.flow.shift, self.flow.tokens)
+    return model_dir.Model(self.cfg, params, self.codecs, self.encoder, routes, flow, self.config.data.size, provenance)
+
+
+def shipped_weights() -> str:
+  """Directory of the weights inside the package: the embedded default."""
+  return str(importlib.resources.files("elasticdit_jax") / "weights" / "tiny")
+
+
+def weight_path(name: str) -> str:
+  """The directory that "shipped" or a path means."""
+  return shipped_weights() if name == SHIPPED else name
+
+
+def prepare(config: Any, workdir: str) -> Job:
+  """Reads data and VAEs and checks that they fit; writes nothing.
+
+  Raises:
+    ValueError: naming the field of the config that does not fit.
+  """
+  if config.model.size not in dit.SIZES:
+    raise ValueError(f"config.model.size: expected one of {', '.join(dit.SIZES)}, got {config.model.size!r}")
+  cfg = dataclasses.replace(
+    dit.SIZES[config.model.size],
+    text_dim=config.data.text_dim,
+    text_length=config.data.text_length,
+    remat=config.model.remat,
+    dtype=config.model.dtype,
+  )
+  if not config.vae:
+    raise ValueError("config.vae: expected a directory with vae_f8.safetensors and vae_f16.safetensors, or 'shipped'")
+  codecs = model_dir.load_codecs(weight_path(config.vae))
+  for codec in codecs.values():
+    if codec.cfg.latent_channels != cfg.latent_channels:
+      raise ValueError(
+        f"config.vae: the f{codec.factor} VAE has {codec.cfg.latent_channels} latent channels, the backbone"
+        f" {cfg.latent_channels}"
+      )
+  check_size(config.data.size, max(codecs) * cfg.patch)
+  source, held_out, encoder = pipeline.source_from_config(config.data)
+  batches = pipeline.validation_batch(held_out, encoder, config.data.batch_size, config.train.validation_batches)
+  flow = FlowConfig(config.flow.mean, config.flow.std, config.flow.shift, config.flow.tokens)
+  return Job(config, workdir, cfg, flow, codecs, source, encoder, tuple(batches))
+
+
+def check_size(size: int, multiple: int) -> None:
+  """Raises ValueError, naming the nearest good one, for a resolution that the routes cannot take."""
+  if size < multiple or size % multiple:
+    nearest = max(multiple, round(size / multiple) * multiple)
+    raise ValueError(
+      f"config.data.size: {size} is not a multiple of the {multiple} pixels that the routes need; the nearest is {nearest}"
+    )
+
+
+def initial_params(job: Job) -> dict:
+  """Weights of config.init: random for "", the package's for "shipped", else those of a model directory or a workdir.
+
+  Raises:
+    ValueError: where they do not fit the configured backbone.
+  """
+  if not job.config.init:
+    return dit.init(job.cfg, jax.random.key(job.config.seed))
+  path = weight_path(job.config.init)
+  file = next((f for f in (f"{path}/dit.safetensors", f"{path}/model/dit.safetensors") if os.path.isfile(f)), None)
+  if file is None:
+    raise ValueError(f"config.init: no dit.safetensors in {path}; give a model directory, 'shipped', or '' for random")
+  params = weights.load_tree(file)
+  weights.check_tree(dit.init_shapes(job.cfg), params, f"config.init: {file}")
+  return jax.tree.map(jnp.asarray, params)
+
+
+def check_routes(names: set[str], routes: Mapping[str, Route], codecs: Mapping[int, Codec]) -> None:
+  """Raises ValueError for a route name nobody knows, or one whose VAE is missing."""
+  for name in sorted(names):
+    route = elastic.select_route(routes, name)
+    if route.vae not in codecs:
+      raise ValueError(f"route {name!r} needs vae_f{route.vae}.safetensors, which config.vae does not have")

@@ -1,0 +1,95 @@
+"""The phases of Unified Weight Co-Optimization as a table (ElasticDiT section 2.1.3, Figure 4).
+
+  phase        routes trained                       parameters that move
+  init         max                                  all
+  warmup       max and lite on identical batches    all
+  specialise   lite                                 those lite reads; skipped blocks are bit-frozen
+  recover      max and lite                         all
+
+A phase lists groups of routes: "max-f8+lite-f8,max-f16+lite-f16". Commas separate groups, which take turns step by
+step; "+" joins the routes of one group, which share a batch, its times and its noise, and one update. Name a group
+twice to train it twice as often.
+"""
+
+import bisect
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from elasticdit_jax.elastic import Route, select_route
+
+NAMES = ("init", "warmup", "specialise", "recover")
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """One row of the table.
+
+  Attributes:
+    name: one of NAMES.
+    start, stop: first step, and the step after the last.
+    groups: names of the routes that are trained together, in turn.
+  """
+
+  name: str
+  start: int
+  stop: int
+  groups: tuple[tuple[str, ...], ...]
+
+  @property
+  def label(self) -> str:
+    return f"{NAMES.index(self.name) + 1}-{self.name}"
+
+  def group_at(self, step: int, routes: Mapping[str, Route]) -> tuple[Route, ...]:
+    """The routes trained at a step."""
+    names = self.groups[(step - self.start) % len(self.groups)]
+    return tuple(select_route(routes, name) for name in names)
+
+  def trained(self, routes: Mapping[str, Route]) -> tuple[Route, ...]:
+    """Every route of the phase once; what none of them reads is frozen."""
+    names = dict.fromkeys(name for group in self.groups for name in group)
+    return tuple(select_route(routes, name) for name in names)
+
+
+def parse_groups(text: str, field: str) -> tuple[tuple[str, ...], ...]:
+  """Turns "a+b,c" into (("a", "b"), ("c",)).
+
+  Raises:
+    ValueError: naming `field` for an empty list, an empty name, or a route twice in one group.
+  """
+  groups = tuple(tuple(name.strip() for name in group.split("+")) for group in text.split(","))
+  for group in groups:
+    if not all(group) or len(set(group)) != len(group):
+      raise ValueError(f"{field}: expected groups like 'max-f8+lite-f8,max-f16', each route once a group, got {text!r}")
+  return groups
+
+
+def make_table(config: Mapping[str, Any], names: Iterable[str] = NAMES) -> tuple[Phase, ...]:
+  """The phases of config.phases that have steps, in order.
+
+  Args:
+    config: name -> object with `steps` and `routes`.
+    names: which of NAMES to take.
+
+  Raises:
+    ValueError: naming the field with a negative number of steps or an invalid route list, or where no phase has steps.
+  """
+  phases, start = [], 0
+  for name in names:
+    steps = config[name].steps
+    if steps < 0:
+      raise ValueError(f"config.phases.{name}.steps: expected 0 or more, got {steps}")
+    groups = parse_groups(config[name].routes, f"config.phases.{name}.routes")
+    if steps:
+      phases.append(Phase(name, start, start + steps, groups))
+    start += steps
+  if not phases:
+    raise ValueError(
+      "config.phases: no phase has steps; give at least one, for example --config.phases.init.steps=1000"
+    )
+  return tuple(phases)
+
+
+def phase_at(phases: tuple[Phase, ...], step: int) -> Phase:
+  """The phase that trains this step; past the end, the last one."""
+  return phases[max(0, bisect.bisect_right([p.start for p in phases], step) - 1)]

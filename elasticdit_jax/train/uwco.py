@@ -1,0 +1,145 @@
+"""Task `uwco`: Unified Weight Co-Optimization, from a backbone to one weight set that serves every route.
+
+   step 0                                                                                            stop
+     |  1-init   |  2-warmup            |  3-specialise             |  4-recover            |
+     | max       | max + lite, same     | lite only, skipped blocks | max + lite            |
+     |           | batches              | bit-frozen                |                       |
+     +--------- hook ----------------- hook ---------------------- hook ------------------ hook
+            importance analysis,     snapshot                   snapshot              snapshot, model/,
+            routes.json, snapshot                                                     report, pictures
+
+Phases are data (`train/phases.py`); there is one step function (`train/step.py`). A snapshot evaluates all four routes
+with the EMA weights and is kept in WORKDIR/snapshots, so that an interrupted run still ends with the whole curve.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from absl import logging
+
+from elasticdit_jax import elastic
+from elasticdit_jax.elastic import Route
+from elasticdit_jax.interop import model_dir
+from elasticdit_jax.models import dit
+from elasticdit_jax.train import job as job_lib
+from elasticdit_jax.train import loop, optim, phases, state, step, validation
+from elasticdit_jax.train.checkpoint import Checkpointer
+from elasticdit_jax.train.snapshot import Snapshots
+from elasticdit_jax.train.workdir import check_workdir, claim_workdir
+from elasticdit_jax.train.writer import Writer
+
+# May differ between two starts of one run.
+NEUTRAL = ("train.log_every", "train.save_every", "report")
+
+
+def run(config: Any, workdir: str) -> None:
+  """Runs or resumes the four phases; see `train`."""
+  train(config, workdir, phases.make_table(config.phases))
+
+
+def train(config: Any, workdir: str, table: tuple[phases.Phase, ...]) -> None:
+  """Trains the phases of `table` and leaves model/, report.json, report.md and pictures in `workdir`.
+
+  Raises:
+    ValueError: for a config or a workdir that does not fit; nothing has been written then.
+  """
+  check_workdir(workdir, config, NEUTRAL)
+  job = job_lib.prepare(config, workdir)
+  Run(job, table).execute()
+
+
+class Run:
+  """One run: the job, its phases, and the routes that the importance analysis decides on the way."""
+
+  def __init__(self, job: job_lib.Job, table: tuple[phases.Phase, ...]):
+    self.job, self.table = job, table
+    self.stop = table[-1].stop
+    self.routes = elastic.standard_routes(job.cfg.depth)
+    self._routes_path = os.path.join(job.workdir, "routes.json")
+    self._lite = any("lite" in name for p in table for group in p.groups for name in group)
+    self._analysis_step = next((p.start for p in table if p.name != "init"), None)
+    names = {name for p in table for group in p.groups for name in group}
+    job_lib.check_routes(names, self.routes, job.codecs)
+
+  def execute(self) -> None:
+    """Restores or initialises, trains, and reports."""
+    job, config = self.job, self.job.config
+    schedule = optim.schedule(config.optimizer, self.stop)
+    tx = optim.make(config.optimizer, dit.init_shapes(job.cfg), schedule)
+    current = state.create(job_lib.initial_params(job), tx, config.seed)
+    update = step.make_step(job.cfg, job.flow, tx, ema_decay=config.train.ema_decay, distill=config.train.distill)
+    claim_workdir(job.workdir, config, NEUTRAL)
+    ends = {p.stop for p in self.table}
+    with Checkpointer(job.workdir, keep=config.train.keep, keep_steps=ends) as checkpoint:
+      current, start = self._restore(checkpoint, current)
+      with Writer(job.workdir, start) as writer:
+        self.snapshots = Snapshots(job, writer)
+        loop.run(
+          current,
+          job.batches,
+          lambda s, batch, n: self._step(update, s, batch, n),
+          self._settings(),
+          start=start,
+          checkpoint=checkpoint,
+          writer=writer,
+          hooks={n: lambda s, n=n: self._boundary(n, s) for n in {*ends, self._analysis_step} - {None}},
+        )
+
+  def _restore(self, checkpoint: Checkpointer, template: state.TrainState) -> tuple[state.TrainState, int]:
+    restored = checkpoint.restore_latest(template)
+    if not restored:
+      return template, 0
+    current, meta = restored
+    self.routes = {name: Route(name=name, **fields) for name, fields in meta["routes"].items()}
+    return current, int(current.step)
+
+  def _settings(self) -> loop.Settings:
+    config = self.job.config
+    return loop.Settings(
+      stop=self.stop,
+      log_every=config.train.log_every,
+      save_every=config.train.save_every,
+      batch_size=config.data.batch_size,
+      resume_command=f"the same command with --workdir={self.job.workdir}",
+      phase=lambda n: f"{config.task} {phases.phase_at(self.table, n).label}",
+      meta=lambda n: {"phase": phases.phase_at(self.table, n).name, "routes": _as_json(self.routes)},
+    )
+
+  def _step(self, update, current: state.TrainState, batch: Any, n: int):
+    phase = phases.phase_at(self.table, n)
+    return update(
+      current,
+      self.job.codecs,
+      batch,
+      group=phase.group_at(n, self.routes),
+      trainable=phase.trained(self.routes),
+    )
+
+  def _boundary(self, n: int, current: state.TrainState) -> state.TrainState:
+    """Between phases: decide flex-lite once, take a snapshot, and at the end write everything a user came for."""
+    importance = None
+    if n == self._analysis_step:
+      importance = self._analyse(current)
+    before = next((p.label for p in reversed(self.table) if p.stop == n), "given weights")
+    self.snapshots.take(n, f"after {before}", current.ema, self.routes, importance)
+    if n == self.stop:
+      model = self.job.model(current.ema, self.routes, {"task": self.job.config.task, "steps": str(n)})
+      model_dir.save(os.path.join(self.job.workdir, "model"), model)
+      self.snapshots.report(n, model)
+      logging.info("done: open %s", os.path.join(self.job.workdir, "report.md"))
+    return current
+
+  def _analyse(self, current: state.TrainState) -> validation.Importance:
+    logging.info(
+      "importance analysis: which %d of %d blocks flex-lite skips", self.job.config.lite.skip, self.job.cfg.depth
+    )
+    full = [route for name, route in self.routes.items() if name.startswith("max") and route.vae in self.job.codecs]
+    importance = validation.analyse(self.job.validation(), current.ema, full, self.job.config.lite.skip)
+    self.routes = elastic.standard_routes(self.job.cfg.depth, importance.skipped)
+    elastic.save_routes(self._routes_path, self.routes)
+    return importance
+
+
+def _as_json(routes: Mapping[str, Route]) -> dict[str, Any]:
+  return {name: {"keep": r.keep, "sparsity": r.sparsity, "vae": r.vae} for name, r in routes.items()}
