@@ -1,0 +1,100 @@
+"""Shift Sparse Block Attention over block lists made at run time (ElasticDiT section 2.2): the one public function.
+
+  keys of a query block:   [ all text tokens | kept[0] | kept[1] | ... ]       never a mask over all tokens
+  keys of a text query:    [ all text tokens | all image tokens ]
+
+Several implementations answer to one contract; the dense-mask reference is the one that defines it.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from elasticdit_jax.ops.attention import check_qkv
+from elasticdit_jax.ops.sparse_attention_reference import sparse_attention_reference
+from elasticdit_jax.ops.sparse_attention_xla import sparse_attention_xla
+from elasticdit_jax.types import Array
+
+_IMPLEMENTATIONS = {"reference": sparse_attention_reference, "xla": sparse_attention_xla}
+_MISSING = {"pallas_tpu": "the TPU kernel is not part of this version"}
+
+
+def sparse_attention(
+  q: Array,
+  k: Array,
+  v: Array,
+  kept: Array,
+  *,
+  text_len: int,
+  block_size: int = 64,
+  text_mask: Array | None = None,
+  key_mask: Array | None = None,
+  scale: float | None = None,
+  implementation: str | None = None,
+) -> jax.Array:
+  """Joint attention in which every block of image queries reads all text keys and its listed image blocks only.
+
+  Text queries read every key. Accumulation is float32. Differentiable in q, k and v (reverse mode; lists and masks are
+  constants); memory beyond inputs and outputs is bounded by a chunk, not by the number of tokens squared.
+
+  Args:
+    q: [B, text_len + Tb * block_size, heads, head_dim], the text first, image tokens block-major (blocks.to_blocks).
+    k: like q.
+    v: like q.
+    kept: int [B, heads or 1, Tb, num_kept], see gating.select_blocks: distinct indices in 0..Tb-1 in each row. They are
+      not checked here, where they are traced; gating.check_kept does it outside jit.
+    text_len: leading text tokens; 0 for none.
+    block_size: tokens in a block; 64 = 8 x 8 in the paper.
+    text_mask: bool [B, text_len], True where a text token is present; None where all are.
+    key_mask: bool [B or 1, Tb * block_size], True where an image token is real (BlockGrid.valid); None where all are.
+    scale: head_dim ** -0.5 where None.
+    implementation: "reference" (dense mask, float32, for tests), "xla" (any platform), or None for the best one that
+      works here.
+
+  Returns:
+    Like q, in its dtype. Queries that are padding or absent text get what an ordinary query would get; a query without
+    a single visible key gets zeros.
+
+  Raises:
+    ValueError: where arguments disagree, naming the argument, what was given and what was expected.
+    NotImplementedError: where a named implementation cannot run, saying why.
+  """
+  _check(q, k, v, kept, text_len, block_size, text_mask, key_mask)
+  if implementation in _MISSING:
+    raise NotImplementedError(f"implementation={implementation!r}: {_MISSING[implementation]}; use None or 'xla'")
+  if implementation is not None and implementation not in _IMPLEMENTATIONS:
+    names = ", ".join(sorted({*_IMPLEMENTATIONS, *_MISSING}))
+    raise ValueError(f"implementation: expected None or one of {names}, got {implementation!r}")
+  attend = _IMPLEMENTATIONS[implementation or "xla"]
+  return attend(
+    q,
+    k,
+    v,
+    kept,
+    text_len=text_len,
+    block_size=block_size,
+    text_mask=None if text_mask is None or not text_len else jnp.asarray(text_mask),
+    key_mask=None if key_mask is None else jnp.broadcast_to(key_mask, (q.shape[0], q.shape[1] - text_len)),
+    scale=1 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
+  )
+
+
+def _check(q, k, v, kept, text_len, block_size, text_mask, key_mask) -> None:
+  check_qkv(q, k, v, text_len, text_mask)
+  batch, tokens, heads, _ = q.shape
+  image = tokens - text_len
+  if block_size < 1 or image < 1 or image % block_size:
+    raise ValueError(
+      f"block_size: expected a divisor of the {image} image tokens (q has {tokens}, text_len is {text_len}), got "
+      f"{block_size}; pad with blocks.to_blocks"
+    )
+  blocks = image // block_size
+  good = kept.ndim == 4 and kept.shape[0] == batch and kept.shape[1] in (1, heads) and kept.shape[2] == blocks
+  if not good or not 1 <= kept.shape[3] <= blocks:
+    expected = f"[{batch}, {heads} or 1, {blocks}, 1..{blocks}]"
+    raise ValueError(f"kept: expected {expected} for {blocks} blocks of {block_size} tokens, got {kept.shape}")
+  if not jnp.issubdtype(kept.dtype, jnp.integer):
+    raise ValueError(f"kept: expected integers, got {kept.dtype}")
+  if key_mask is not None and (key_mask.shape not in ((batch, image), (1, image)) or key_mask.dtype != jnp.bool_):
+    raise ValueError(f"key_mask: expected bool [{batch} or 1, {image}], got {key_mask.dtype} {key_mask.shape}")

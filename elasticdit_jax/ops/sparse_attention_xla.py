@@ -1,0 +1,188 @@
+"""SSBA in plain XLA: gather the listed blocks chunk by chunk, with a backward pass of its own.
+
+  table of one head:   [ text blocks | image blocks ]          (text padded to whole blocks, its padding masked)
+  one chunk:           a few query blocks of [rows, D]  x  their gathered keys [listed * block_size, D]
+
+`lax.scan` walks over chunks of query blocks of all heads and samples in turn, so that temporaries are one chunk and
+stay in cache. Text queries are one more kind of query block, whose list names the whole table. The backward pass
+recomputes the weights of a chunk from the saved log-sum-exp and adds into float32 dk and dv that the scan carries: one
+pass, five products. A batch or head axis split over devices belongs under jax.shard_map: the scan runs over both.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from elasticdit_jax.types import Array
+
+_HIDDEN = -1e30
+
+# Logits in one chunk. On CPU, 8 blocks of 64 queries with 18 listed blocks (2.4 MB) still stay in cache; an accelerator
+# needs enough of them at once to fill it.
+_CHUNK_LOGITS = {"cpu": 600_000}
+_CHUNK_LOGITS_ACCELERATOR = 32_000_000
+
+
+def sparse_attention_xla(
+  q: Array,
+  k: Array,
+  v: Array,
+  kept: Array,
+  *,
+  text_len: int,
+  block_size: int,
+  text_mask: Array | None,
+  key_mask: Array | None,
+  scale: float,
+) -> jax.Array:
+  """See sparse_attention.sparse_attention."""
+  batch, _, heads, dim = q.shape
+  text_blocks = -(-text_len // block_size)
+  blocks = kept.shape[2]
+  per_head = text_blocks + blocks
+  tables = [_to_table(x, text_len, block_size) for x in (q, k, v)]
+  valid = _valid_table(batch, heads, blocks, text_len, block_size, text_mask, key_mask)
+
+  start = per_head * jnp.arange(batch * heads, dtype=jnp.int32)
+  image_lists = _image_lists(kept, heads, text_blocks) + start[:, None, None]
+  image_q = tables[0].reshape(batch * heads, per_head, block_size, dim)[:, text_blocks:]
+  queries = [image_q.reshape(-1, block_size, dim)]
+  lists = [image_lists.reshape(-1, image_lists.shape[-1])]
+  if text_len:
+    text_q = tables[0].reshape(batch * heads, per_head * block_size, dim)[:, :text_len]
+    queries.append(text_q)
+    lists.append(start[:, None] + jnp.arange(per_head, dtype=jnp.int32))
+
+  outs = _attend(scale, tuple(queries), tables[1], tables[2], tuple(lists), valid)
+  image = outs[0].reshape(batch, heads, blocks * block_size, dim)
+  joined = jnp.concatenate([outs[1].reshape(batch, heads, text_len, dim), image], axis=2) if text_len else image
+  return jnp.swapaxes(joined, 1, 2)
+
+
+def _to_table(x: Array, text_len: int, block_size: int) -> jax.Array:
+  """[B, T, H, D] to [B * H * (text blocks + Tb), block_size, D], the text padded to whole blocks."""
+  x = jnp.swapaxes(x, 1, 2)
+  gap = -text_len % block_size
+  if gap:
+    blank = jnp.zeros((*x.shape[:2], gap, x.shape[3]), x.dtype)
+    x = jnp.concatenate([x[:, :, :text_len], blank, x[:, :, text_len:]], axis=2)
+  return x.reshape(-1, block_size, x.shape[-1])
+
+
+def _valid_table(batch, heads, blocks, text_len, block_size, text_mask, key_mask) -> jax.Array | None:
+  """bool [B * H * (text blocks + Tb), block_size] beside the key table; None where every key counts."""
+  gap = -text_len % block_size
+  if text_mask is None and key_mask is None and not gap:
+    return None
+  text = jnp.ones((batch, text_len), bool) if text_mask is None else text_mask
+  image = jnp.ones((batch, blocks * block_size), bool) if key_mask is None else key_mask
+  row = jnp.concatenate([text, jnp.zeros((batch, gap), bool), image], axis=1)
+  return jnp.repeat(row[:, None], heads, axis=1).reshape(-1, block_size)
+
+
+def _image_lists(kept: Array, heads: int, text_blocks: int) -> jax.Array:
+  """Text blocks in front of every list: int32 [B * heads, Tb, text blocks + num_kept], relative to the head's start."""
+  batch, _, blocks, count = kept.shape
+  image = jnp.broadcast_to(kept.astype(jnp.int32) + text_blocks, (batch, heads, blocks, count))
+  text = jnp.broadcast_to(jnp.arange(text_blocks, dtype=jnp.int32), (batch, heads, blocks, text_blocks))
+  return jnp.concatenate([text, image], axis=-1).reshape(batch * heads, blocks, -1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(scale, queries, k, v, lists, valid):
+  """Attention of queries [N, rows, D] over the rows of tables k, v [M, b, D] that lists [N, n] name, pair by pair."""
+  return _attend_fwd(scale, queries, k, v, lists, valid)[0]
+
+
+def _attend_fwd(scale, queries, k, v, lists, valid):
+  def step(carry, chunk):
+    q, index = chunk
+    keys, values, seen = _gather(k, v, valid, index)
+    logits = _logits(q, keys, seen, scale)
+    # The floor lies above hidden logits: where all keys are hidden every weight is exp(-huge) = 0.
+    top = jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), _HIDDEN / 2)
+    weights = jnp.exp(logits - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = _dot("crk,ckd->crd", weights.astype(values.dtype), values)
+    out = out / jnp.where(total > 0, total, 1.0)
+    log_total = jnp.where(total > 0, top + jnp.log(total), 0.0)
+    return carry, (out.astype(q.dtype), log_total[..., 0])
+
+  results = [_scan_chunks(step, (), (q, index), k.shape[1])[1] for q, index in zip(queries, lists, strict=True)]
+  outs = tuple(out for out, _ in results)
+  return outs, (queries, k, v, lists, valid, outs, tuple(log_total for _, log_total in results))
+
+
+def _attend_bwd(scale, saved, grads):
+  queries, k, v, lists, valid, outs, log_totals = saved
+
+  def step(carry, chunk):
+    dk, dv = carry
+    q, index, out, log_total, grad = chunk
+    keys, values, seen = _gather(k, v, valid, index)
+    weights = jnp.exp(_logits(q, keys, seen, scale) - log_total[..., None])
+    shared = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    dlogits = (weights * (_dot("crd,ckd->crk", grad, values) - shared) * scale).astype(keys.dtype)
+    dq = _dot("crk,ckd->crd", dlogits, keys).astype(q.dtype)
+    dk = _add_at(dk, index, _dot("crk,crd->ckd", dlogits, q))
+    dv = _add_at(dv, index, _dot("crk,crd->ckd", weights.astype(grad.dtype), grad))
+    return (dk, dv), dq
+
+  carry = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
+  dqs = []
+  for chunks in zip(queries, lists, outs, log_totals, grads, strict=True):
+    carry, dq = _scan_chunks(step, carry, chunks, k.shape[1])
+    dqs.append(dq)
+  dk, dv = carry
+  return tuple(dqs), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _gather(k, v, valid, index):
+  """The listed rows of the tables side by side: keys and values [c, n * b, D], visibility [c, 1, n * b] or None."""
+
+  def take(table):
+    return table.at[index].get(mode="promise_in_bounds").reshape(index.shape[0], -1, *table.shape[2:])
+
+  return take(k), take(v), None if valid is None else take(valid)[:, None]
+
+
+def _logits(q, keys, seen, scale):
+  logits = _dot("crd,ckd->crk", q, keys) * scale
+  return logits if seen is None else jnp.where(seen, logits, _HIDDEN)
+
+
+def _dot(spec, a, b):
+  return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _add_at(table, index, update):
+  return table.at[index].add(update.reshape(*index.shape, *table.shape[1:]), mode="promise_in_bounds")
+
+
+def _scan_chunks(step, carry, inputs, block_size):
+  """lax.scan of step over chunks of the leading axis N of inputs = (queries, lists, ...).
+
+  Missing entries of the last chunk are zero queries with zero gradients, which read row 0, add nothing to it, and are
+  cut from the outputs.
+  """
+  q, index = inputs[:2]
+  count = q.shape[0]
+  budget = _CHUNK_LOGITS.get(jax.default_backend(), _CHUNK_LOGITS_ACCELERATOR)
+  size = max(1, budget // (q.shape[1] * index.shape[1] * block_size))
+  steps = -(-count // size)
+  if steps == 1:
+    return step(carry, inputs)
+  size = -(-count // steps)
+
+  def split(x):
+    gap = steps * size - count
+    if gap:
+      x = jnp.concatenate([x, jnp.zeros((gap, *x.shape[1:]), x.dtype)])
+    return x.reshape(steps, size, *x.shape[1:])
+
+  carry, outputs = jax.lax.scan(step, carry, jax.tree.map(split, inputs))
+  return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], outputs)
