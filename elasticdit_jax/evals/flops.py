@@ -1,7 +1,7 @@
 """Floating-point operations of a function, counted in its jaxpr; nothing is compiled or run.
 
-Counts 2 * (multiply-accumulates) of matrix products and convolutions, the convention of the paper's tables; element-wise
-work, normalisation and softmax are left out, as there.
+Counts 2 * (multiply-accumulates) of matrix products and convolutions, the convention of the paper's tables;
+element-wise work, normalisation and softmax are left out, as there.
 """
 
 import math
@@ -55,7 +55,9 @@ def _count_equation(equation: core.JaxprEqn, attention: bool) -> int:
       "count_flops: a while loop of unknown length holds products; use jax.lax.scan or a static fori_loop"
     )
   if name == "shard_map":
-    return math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"]) * sum(inner)
+    # "manual_axes" or "newly_manual_axes", by the version of JAX.
+    axes = next(value for key, value in params.items() if key.endswith("manual_axes"))
+    return math.prod(params["mesh"].shape[axis] for axis in axes) * sum(inner)
   return sum(inner)
 
 
