@@ -1,0 +1,1 @@
+"""Configs, one file per task; installed as `elasticdit_jax.configs`."""

@@ -1,0 +1,111 @@
+"""python -m elasticdit_jax.main --config=configs/TASK.py[:arg,key=value] [--workdir=DIR] [--config.section.field=value]
+
+A config file names a task and holds every number of it; what may follow the colon and how long it takes stands at the
+top of the file. The same command again resumes an interrupted run. Default workdir: runs/ and the name of the config.
+"""
+
+import importlib
+import logging as python_logging
+import os
+import re
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from elasticdit_jax import config_file
+
+TASKS = {
+  "uwco": "elasticdit_jax.train.uwco",
+  "pretrain": "elasticdit_jax.train.pretrain",
+  "vae": "elasticdit_jax.train.vae",
+  "sample": "elasticdit_jax.generate",
+  "evaluate": "elasticdit_jax.train.evaluate",
+}
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/ and the name of the config.")
+flags.DEFINE_boolean("debug", False, "Show tracebacks of errors, and what the libraries log.")
+
+
+def parse_flags(argv: Sequence[str]) -> str:
+  """Parses the command line into FLAGS.config and FLAGS.workdir; returns the name of the run."""
+  argv = list(argv)
+  if any(re.fullmatch("--?help(short|full|xml)?", arg) for arg in argv):
+    return FLAGS(argv)[0]  # prints the help and leaves
+  try:
+    spec = _take_config(argv)
+    default = config_file.load(spec)
+    config_file.check_fields(default, argv)
+    config = default.copy_and_resolve_references().lock()
+    config_flags.DEFINE_config_dict("config", config, sys_argv=argv)
+    rest = FLAGS(argv)[1:]
+    if rest:
+      raise ValueError(f"unexpected argument {rest[0]!r}; options start with two dashes: --{rest[0].lstrip('-')}")
+    config_file.check_overrides(default, FLAGS.config)
+    if FLAGS.config.task not in TASKS:
+      raise ValueError(f"config.task: unknown task {FLAGS.config.task!r}; expected one of {', '.join(TASKS)}")
+  except (flags.Error, ValueError, TypeError) as e:
+    _fail(e, "--debug" in argv)
+  return re.sub(r"[^\w.]+", "-", os.path.basename(spec).replace(".py", "", 1)).strip("-")
+
+
+def _take_config(argv: list[str]) -> str:
+  """Removes --config=SPEC or --config SPEC from argv and returns SPEC."""
+  for i, arg in enumerate(argv):
+    if re.match("--?config=.", arg):
+      return argv.pop(i).partition("=")[2]
+    if re.fullmatch("--?config", arg) and i + 1 < len(argv):
+      del argv[i]
+      return argv.pop(i)
+  raise ValueError(f"--config is missing; there are {', '.join(config_file.available())}")
+
+
+def main(name: str) -> None:
+  """Runs the task of FLAGS.config."""
+  _set_up_logging()
+  _set_up_compilation_cache()
+  config = FLAGS.config
+  workdir = FLAGS.workdir or os.path.join("runs", name)
+  try:
+    importlib.import_module(TASKS[config.task]).run(config, workdir)
+  except (ValueError, OSError, FloatingPointError) as e:
+    _fail(e, FLAGS.debug or FLAGS.verbosity > 0)
+  except KeyboardInterrupt:
+    command = shlex.join(["python", "-m", "elasticdit_jax.main", *sys.argv[1:]])
+    sys.stderr.write(f"interrupted; start it again with: {command}\n")
+    sys.exit(130)
+
+
+def _fail(e: Exception, show_traceback: bool) -> NoReturn:
+  if show_traceback:
+    traceback.print_exception(e)
+  sys.stderr.write(f"error: {' '.join(str(e).split()) or type(e).__name__}\n")
+  sys.exit(2)
+
+
+def _set_up_logging() -> None:
+  """Short lines, and of other libraries only what is a warning; --verbosity or --debug show everything."""
+  if FLAGS["verbosity"].present or FLAGS.debug:
+    return
+  ours = os.path.dirname(os.path.abspath(__file__)) + os.sep
+  handler = logging.get_absl_handler()
+  handler.addFilter(lambda record: record.levelno >= python_logging.WARNING or record.pathname.startswith(ours))
+  handler.setFormatter(python_logging.Formatter("%(levelname).1s %(asctime)s %(message)s", "%H:%M:%S"))
+
+
+def _set_up_compilation_cache() -> None:
+  """Keeps compiled programs between starts; JAX_COMPILATION_CACHE_DIR names another directory."""
+  import jax  # here, because a mistake on the command line should be answered at once
+
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/elasticdit_jax/xla"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=parse_flags)
