@@ -39,7 +39,9 @@ def _parse_value(key: str, text: str | None, default: Any) -> Any:
   if text is None and kind is bool:
     return True
   try:
-    return _BOOLEANS[text.lower()] if kind is bool else kind(text)
-  except (AttributeError, KeyError, TypeError, ValueError):
-    given = f"{key}={text}" if text is not None else key
-    raise ValueError(f"argument {given!r} after the colon: expected {key}=<{kind.__name__}>") from None
+    if text is not None:
+      return _BOOLEANS[text.lower()] if kind is bool else kind(text)
+  except (KeyError, ValueError):
+    pass
+  given = key if text is None else f"{key}={text}"
+  raise ValueError(f"argument {given!r} after the colon: expected {key}=<{kind.__name__}>")
