@@ -45,3 +45,39 @@ def _parse_value(key: str, text: str | None, default: Any) -> Any:
     pass
   given = key if text is None else f"{key}={text}"
   raise ValueError(f"argument {given!r} after the colon: expected {key}=<{kind.__name__}>")
+
+
+def scenes_data(*, seed: int, size: int, batch_size: int, split: str = "train") -> ConfigDict:
+  """The `data` section of a config: rendered scenes, or with `source="folder"` the captioned pictures under `path`."""
+  return ConfigDict(
+    {
+      "source": "scenes",
+      "split": split,
+      "path": "",
+      "size": size,
+      "caption_field": "text",
+      "max_bad_fraction": 0.05,
+      "seed": seed,
+      "batch_size": batch_size,
+      "caption_dropout": 0.1,
+      "text_length": 8,
+      "text_dim": 64,
+      "max_words": 20_000,
+    }
+  )
+
+
+def adamw(*, learning_rate: float, warmup_steps: int, decay_fraction: float, weight_decay: float) -> ConfigDict:
+  """The `optimizer` section of a config; set `name` to "muon" for Muon on the matrices inside blocks."""
+  return ConfigDict(
+    {
+      "name": "adamw",
+      "learning_rate": learning_rate,
+      "warmup_steps": warmup_steps,
+      "decay_fraction": decay_fraction,
+      "weight_decay": weight_decay,
+      "b1": 0.9,
+      "b2": 0.99,
+      "clip_norm": 1.0,
+    }
+  )

@@ -250,7 +250,7 @@ def source_from_config(data) -> tuple[Source, Source, WordEncoder]:
   """The sources that a config asks for.
 
   Args:
-    data: object with the fields source, path, size, caption_field, seed, max_bad_fraction, text_length, text_dim and
+    data: object with the fields source, split, path, size, caption_field, seed, max_bad_fraction, text_length, text_dim and
       max_words.
 
   Returns:
@@ -262,8 +262,8 @@ def source_from_config(data) -> tuple[Source, Source, WordEncoder]:
   if data.source not in SOURCES:
     raise ValueError(f"data.source: unknown source {data.source!r}; expected one of {', '.join(SOURCES)}")
   if data.source == "scenes":
-    train = ScenesSource(seed=_derive(data.seed, "train"), size=data.size)
-    validation = ScenesSource(seed=_derive(data.seed, "validation"), size=data.size)
+    train = ScenesSource(_derive(data.seed, "train"), data.size, data.split)
+    validation = ScenesSource(_derive(data.seed, "validation"), data.size, data.split)
     if data.text_length < scenes.MAX_WORDS:
       raise ValueError(f"data.text_length: scenes need at least {scenes.MAX_WORDS} words, got {data.text_length}")
     train.read(

@@ -18,6 +18,15 @@ from elasticdit_jax.types import Text
 
 STREAMS = ("image", "text")
 TEXT_POOLS = ("mean", "flatten")
+# Those of jax.checkpoint_policies that are policies; the others there make policies and would silently save everything.
+REMAT = (
+  "none",
+  "full",
+  "dots_saveable",
+  "dots_with_no_batch_dims_saveable",
+  "everything_saveable",
+  "nothing_saveable",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +43,7 @@ class DiTConfig:
       for short captions only, its size grows with text_length).
     block_side: tokens along one side of a sparse block: 8 in the paper; 2 where an image has an 8x8 token grid.
     rope_theta: base of the rotary frequencies, in units of 16 pixels.
-    remat: "none", "full", or the name of a jax.checkpoint_policies policy, applied to every block.
+    remat: "none", "full", or the name of a jax.checkpoint_policies policy (see REMAT), applied to every block.
     dtype: compute dtype of the blocks; parameters are always float32.
   """
 
@@ -54,6 +63,13 @@ class DiTConfig:
   dtype: str = "float32"
 
   def __post_init__(self):
+    for field in ("width", "depth", "head_dim", "patch", "latent_channels", "text_dim", "text_length", "block_side"):
+      value = getattr(self, field)
+      if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"DiTConfig.{field}: expected a positive int, got {value!r}")
+    for field in ("mlp_ratio", "rope_theta"):
+      if not getattr(self, field) > 0:
+        raise ValueError(f"DiTConfig.{field}: expected a positive number, got {getattr(self, field)!r}")
     if self.width % self.head_dim or self.head_dim % 4:
       raise ValueError(
         f"DiTConfig.width: expected a multiple of head_dim, and head_dim of 4, got width={self.width} and"
@@ -67,13 +83,10 @@ class DiTConfig:
       ("activation", tuple(ACTIVATIONS)),
       ("text_pool", TEXT_POOLS),
       ("dtype", ("float32", "bfloat16")),
+      ("remat", REMAT),
     ):
       if getattr(self, field) not in known:
         raise ValueError(f"DiTConfig.{field}: expected one of {', '.join(known)}, got {getattr(self, field)!r}")
-    if self.remat not in ("none", "full") and not hasattr(jax.checkpoint_policies, self.remat):
-      raise ValueError(
-        f"DiTConfig.remat: expected 'none', 'full' or a name in jax.checkpoint_policies, got {self.remat!r}"
-      )
 
 
 SIZES = {
@@ -124,7 +137,7 @@ class Block(nn.Module):
 
 
 class Conditioning(nn.Module):
-  """Timestep, VAE factor and pooled text to one vector [B, width]."""
+  """Timestep, VAE factor and pooled text (zero where absent) to one vector [B, width]."""
 
   cfg: DiTConfig
 
@@ -133,11 +146,11 @@ class Conditioning(nn.Module):
     width = self.cfg.width
     time = nn.Dense(width, name="time_in")(timestep_features(t))
     time = nn.Dense(width, name="time_out")(nn.silu(time))
-    present = text * text_mask[..., None]
     if self.cfg.text_pool == "flatten":
-      pooled = present.reshape(text.shape[0], -1)
+      missing = self.cfg.text_length - text.shape[1]
+      pooled = jnp.pad(text, ((0, 0), (0, missing), (0, 0))).reshape(text.shape[0], -1)
     else:
-      pooled = present.sum(1) / jnp.maximum(text_mask.sum(1, keepdims=True), 1)
+      pooled = text.sum(1) / jnp.maximum(text_mask.sum(1, keepdims=True), 1)
     pooled = nn.Dense(width, name="text_out")(nn.silu(nn.Dense(width, name="text_in")(pooled)))
     factor = nn.Embed(len(VAE_FACTORS), width, embedding_init=nn.initializers.normal(0.02), name="vae_factor")
     return nn.silu(time + pooled + factor(jnp.asarray(VAE_FACTORS.index(vae))))
@@ -172,6 +185,8 @@ class ElasticDiT(nn.Module):
     centres = rope.token_centres(grid, route.vae * cfg.patch)
     table = rope.rotary_table(centres, cfg.head_dim, cfg.rope_theta)
 
+    # where, not a product: whatever stands in an absent token must not leak, not even a NaN.
+    text = jnp.where(text_mask[..., None], text, 0)
     c = Conditioning(cfg, name="conditioning")(t, text, text_mask, route.vae)
     image = nn.Dense(cfg.width, name="image_in")(patchify(x, cfg.patch))
     image = image + nn.Dense(cfg.width, use_bias=False, name="position")(rope.position_features(centres))
@@ -180,7 +195,8 @@ class ElasticDiT(nn.Module):
     modulation = _zeros_dense(len(STREAMS) * 6 * cfg.width, "modulation")(c).reshape(-1, len(STREAMS), 6, cfg.width)
 
     image, words = image.astype(dtype), words.astype(dtype)
-    for i in route.active:
+    # Parameters never depend on the route, not even on the one a model is initialised with.
+    for i in range(cfg.depth) if self.is_initializing() else route.active:
       sparsity = Sparsity(route.sparsity[i], grid, cfg.block_side, i)
       block = self._block_class()(cfg, text_output=i < cfg.depth - 1, name=f"block_{i:02d}")
       outputs = block(image, words, text_mask, modulation, table, sparsity)

@@ -14,12 +14,21 @@ ACTIVATIONS = {
 }
 
 
+def channel_mean(x: jax.Array) -> jax.Array:
+  """Mean over the last axis, kept with length 1, as a product with a constant vector.
+
+  XLA on CPU runs reductions over a short last axis several times slower than a matrix product (a training step of the
+  `tiny` backbone takes 1.6x longer with them); other platforms turn the product back into a reduction.
+  """
+  weights = jnp.full((x.shape[-1], 1), 1.0 / x.shape[-1], x.dtype)
+  return jnp.matmul(x, weights, precision=jax.lax.Precision.HIGHEST)
+
+
 def layer_norm(x: jax.Array) -> jax.Array:
   """Parameter-free layer norm over the last axis, in float32."""
   y = x.astype(jnp.float32)
-  mean = y.mean(-1, keepdims=True)
-  variance = jnp.square(y - mean).mean(-1, keepdims=True)
-  return ((y - mean) * jax.lax.rsqrt(variance + 1e-6)).astype(x.dtype)
+  y = y - channel_mean(y)
+  return (y * jax.lax.rsqrt(channel_mean(jnp.square(y)) + 1e-6)).astype(x.dtype)
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
@@ -34,7 +43,7 @@ class RMSNorm(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
     y = x.astype(jnp.float32)
-    return (y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6) * scale).astype(x.dtype)
+    return (y * jax.lax.rsqrt(channel_mean(jnp.square(y)) + 1e-6) * scale).astype(x.dtype)
 
 
 class MLP(nn.Module):

@@ -39,7 +39,7 @@ class VAEConfig:
 
   factor: int = 8
   widths: tuple[int, ...] = (16, 48, 96)
-  encoder_blocks: tuple[int, ...] = (1, 1, 1)
+  encoder_blocks: tuple[int, ...] = (0, 1, 1)
   decoder_blocks: tuple[int, ...] = (1, 1, 2)
   flow: int = 24
   latent_channels: int = 16
@@ -66,7 +66,7 @@ class VAEConfig:
 
 NANO = {
   8: VAEConfig(8),
-  16: VAEConfig(16, (16, 48, 96, 160), (1, 1, 1, 1), (1, 1, 2, 2)),
+  16: VAEConfig(16, (16, 48, 80, 96), (0, 1, 1, 2), (1, 1, 1, 2)),
 }
 
 
