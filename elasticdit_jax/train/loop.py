@@ -154,9 +154,10 @@ class _Progress:
     self.restart_clock()
     if first:
       logging.info("%s: first step in %.1f s with compilation", self._settings.phase(step - 1), self._seconds[0])
-      self._seconds, self._waited = [], 0.0
     if step % self._settings.log_every == 0 or step == self._settings.stop:
       self._log(step)
+    elif first:
+      self._seconds, self._waited = [], 0.0  # compilation belongs to no rate
     if step % self._settings.save_every == 0 and step < self._settings.stop:
       self.save(step, state)
 

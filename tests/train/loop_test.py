@@ -195,6 +195,13 @@ class LoopTest(parameterized.TestCase):
     self.assertEqual(number, 4)
     self.assertEqual((values["even"], values["odd"]), (1.0, 2.0))
 
+  def test_a_line_for_every_step_has_sober_rates(self):
+    with self.assertLogs(level="INFO") as logs:
+      loop.run(_initial(), make_batches, step_fn, _settings(stop=2, log_every=1))
+    rates = [float(re.search(r"([\d.]+) img/s", line)[1]) for line in logs.output if "img/s" in line]
+    self.assertLen(rates, 2)
+    self.assertLess(rates[0], 1e7)
+
   def test_no_room_for_the_first_checkpoint_stops_before_training(self):
     with mock.patch.object(checkpoint.shutil, "disk_usage", return_value=mock.Mock(free=10)):
       with self.assertRaisesRegex(OSError, "make room"):
