@@ -81,3 +81,32 @@ def adamw(*, learning_rate: float, warmup_steps: int, decay_fraction: float, wei
       "clip_norm": 1.0,
     }
   )
+
+
+def tiny_elastic(*, batch_size: int) -> ConfigDict:
+  """Everything but task, init and phases of a training run of the `tiny` backbone on rendered scenes."""
+  config = ConfigDict()
+  config.task = ""
+  config.seed = 0
+  config.init = ""
+  config.vae = "shipped"
+  config.model = ConfigDict({"size": "tiny", "remat": "none", "dtype": "float32"})
+  config.data = scenes_data(seed=0, size=128, batch_size=batch_size)
+  config.flow = ConfigDict({"mean": 0.0, "std": 1.0, "shift": 3.0, "tokens": 64})
+  config.optimizer = adamw(learning_rate=3e-3, warmup_steps=50, decay_fraction=0.3, weight_decay=0.01)
+  config.optimizer.name = "muon"
+  config.lite = ConfigDict({"skip": 2})
+  config.train = ConfigDict(
+    {"ema_decay": 0.998, "distill": 0.0, "log_every": 50, "save_every": 500, "keep": 2, "validation_batches": 4}
+  )
+  config.report = ConfigDict({"per_task": 20, "steps": 20, "guidance": 3.0, "pictures": 8})
+  return config
+
+
+def shrink(config: ConfigDict) -> None:
+  """The `:debug` variant: the same path through the code in a minute."""
+  config.data.update({"size": 64, "batch_size": 8})
+  for phase in config.phases.values():
+    phase.steps = min(phase.steps, 6)
+  config.train.update({"log_every": 2, "save_every": 5, "validation_batches": 1})
+  config.report.update({"per_task": 1, "steps": 4, "pictures": 2})

@@ -1,0 +1,26 @@
+"""Flow-matching training of the full backbone from nothing (phase 1 alone), or supervised fine-tuning of a given one.
+
+    python -m elasticdit_jax.main --config=configs/pretrain.py
+
+This command made the flex-max weights inside the package. For your own pictures, with fine-tuning from given weights:
+
+    python -m elasticdit_jax.main --config=configs/pretrain.py --config.data.source=folder --config.data.path=DIR
+    ... --config.init=DIR   (a model directory or the workdir of another run)
+
+    :debug     64 pixels and a few steps, under 90 s with compilation
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  args = common.parse_arg(arg, debug=False)
+  config = common.tiny_elastic(batch_size=32)
+  config.task = "pretrain"
+  config.init = ""
+  config.phases = ConfigDict({"init": {"steps": 12_000, "routes": "max-f8,max-f16"}})
+  if args.debug:
+    common.shrink(config)
+  return config.lock()

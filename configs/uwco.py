@@ -1,0 +1,58 @@
+"""Unified Weight Co-Optimization on the embedded default: one weight set, four routes, pictures from all of them.
+
+    python -m elasticdit_jax.main --config=configs/uwco.py
+
+Starts from the flex-max weights inside the package, so phase 1 is done: importance analysis, hybrid warm-up, flex-lite
+specialisation, unified recovery, report. Open runs/uwco/report.md and runs/uwco/images.
+
+    :debug     64 pixels, a few steps of every phase, under 90 s with compilation
+    :scratch   phase 1 from random weights as well
+    :paper     the pod-scale job: size L, 1024 pixels, bfloat16; needs --config.data.path=DIR (captioned pictures) and
+               --config.vae=DIR (vae_f8.safetensors and vae_f16.safetensors for photographs)
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  args = common.parse_arg(arg, debug=False, scratch=False, paper=False)
+  if args.debug + args.scratch + args.paper > 1:
+    raise ValueError(f"one of debug, scratch and paper at a time, got {arg!r}")
+  config = common.tiny_elastic(batch_size=32)
+  config.task = "uwco"
+  config.init = "shipped"
+  config.phases = ConfigDict(
+    {
+      "init": {"steps": 0, "routes": "max-f8,max-f16"},
+      "warmup": {"steps": 300, "routes": "max-f8+lite-f8,max-f16+lite-f16"},
+      "specialise": {"steps": 300, "routes": "lite-f8,lite-f16"},
+      "recover": {"steps": 400, "routes": "max-f8+lite-f8,max-f16+lite-f16"},
+    }
+  )
+  config.optimizer.learning_rate = 1e-3
+  if args.scratch:
+    config.init = ""
+    config.phases.init.steps = 3200
+    config.optimizer.learning_rate = 3e-3
+  if args.paper:
+    _paper(config)
+  if args.debug:
+    common.shrink(config)
+  return config.lock()
+
+
+def _paper(config: ConfigDict) -> None:
+  """Sizes of the pod-scale job. The 20k steps of phase 3 are the paper's; it gives no others."""
+  config.init, config.vae = "", ""
+  config.model.update({"size": "L", "dtype": "bfloat16", "remat": "full"})
+  config.data.update(
+    {"source": "folder", "size": 1024, "batch_size": 1024, "text_length": 128, "text_dim": 2048, "max_words": 200_000}
+  )
+  config.flow.update({"shift": 3.0, "tokens": 4096})
+  config.lite.skip = 6
+  for phase, steps in (("init", 500_000), ("warmup", 20_000), ("specialise", 20_000), ("recover", 20_000)):
+    config.phases[phase].steps = steps
+  config.optimizer.update({"learning_rate": 2e-4, "warmup_steps": 2000, "decay_fraction": 0.1})
+  config.train.update({"ema_decay": 0.9999, "log_every": 100, "save_every": 2000, "validation_batches": 1})
