@@ -12,7 +12,7 @@ This command made the flex-max weights inside the package. For your own pictures
 
 from ml_collections import ConfigDict
 
-from configs import common
+from elasticdit_jax.configs import common
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -13,7 +13,7 @@ specialisation, unified recovery, report. Open runs/uwco/report.md and runs/uwco
 
 from ml_collections import ConfigDict
 
-from configs import common
+from elasticdit_jax.configs import common
 
 
 def get_config(arg: str = "") -> ConfigDict:

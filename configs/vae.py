@@ -8,7 +8,7 @@ These two commands made the VAEs inside the package. The result is WORKDIR/vae_f
 
 from ml_collections import ConfigDict
 
-from configs import common
+from elasticdit_jax.configs import common
 
 
 def get_config(arg: str = "") -> ConfigDict:

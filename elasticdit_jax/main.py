@@ -24,7 +24,7 @@ TASKS = {
   "pretrain": "elasticdit_jax.train.pretrain",
   "vae": "elasticdit_jax.train.vae",
   "sample": "elasticdit_jax.generate",
-  "evaluate": "elasticdit_jax.train.evaluate",
+  "evaluate": "elasticdit_jax.evals.evaluate",
 }
 
 FLAGS = flags.FLAGS

@@ -178,7 +178,7 @@ class TDVAE(nn.Module):
 
   cfg: VAEConfig
 
-  def setup(self):
+  def setup(self) -> None:
     self.encoder = Encoder(self.cfg)
     self.decoder = Decoder(self.cfg)
 

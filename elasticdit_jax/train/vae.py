@@ -9,6 +9,7 @@ The result is WORKDIR/vae_f8.safetensors or vae_f16.safetensors, with the latent
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,7 +31,9 @@ from elasticdit_jax.types import Batch, to_float
 _STATISTICS_BATCHES = 16
 
 
-def make_step(cfg: tdvae.VAEConfig, tx: optax.GradientTransformation, loss: Any, ema_decay: float):
+def make_step(
+  cfg: tdvae.VAEConfig, tx: optax.GradientTransformation, loss: Any, ema_decay: float
+) -> Callable[..., tuple[state.TrainState, dict[str, jax.Array]]]:
   """The jitted update (state, batch) -> (state, metrics); the state is donated.
 
   Args:
