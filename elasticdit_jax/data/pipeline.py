@@ -250,8 +250,8 @@ def source_from_config(data) -> tuple[Source, Source, WordEncoder]:
   """The sources that a config asks for.
 
   Args:
-    data: object with the fields source, split, path, size, caption_field, seed, max_bad_fraction, text_length, text_dim and
-      max_words.
+    data: object with the fields source, split, path, size, caption_field, seed, max_bad_fraction, text_length,
+      text_dim and max_words.
 
   Returns:
     Training source, validation source (other scenes, or held-out files) and the encoder of their captions.

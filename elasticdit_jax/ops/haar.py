@@ -1,7 +1,8 @@
 """Orthonormal 2-D Haar transform, one level, channels last (the kernel bank F of ElasticDiT Eq. 2).
 
 Butterflies on slices: 2-8x faster on CPU than the same transform as an einsum or a strided convolution. Bands are
-those of PyWavelets: LL = (a+b+c+d)/2, cH = (a+b-c-d)/2, cV = (a-b+c-d)/2, cD = (a-b-c+d)/2 for the 2x2 cell [[a, b], [c, d]].
+those of PyWavelets:
+LL = (a+b+c+d)/2, cH = (a+b-c-d)/2, cV = (a-b+c-d)/2, cD = (a-b-c+d)/2 for the 2x2 cell [[a, b], [c, d]].
 """
 
 import jax

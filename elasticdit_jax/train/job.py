@@ -14,10 +14,10 @@ from elasticdit_jax import elastic
 from elasticdit_jax.data import pipeline
 from elasticdit_jax.data.text import WordEncoder
 from elasticdit_jax.elastic import Route
+from elasticdit_jax.evals import validation as validation_lib
 from elasticdit_jax.interop import model_dir, weights
 from elasticdit_jax.models import dit
 from elasticdit_jax.models.codec import Codec
-from elasticdit_jax.train import validation as validation_lib
 from elasticdit_jax.train.step import FlowConfig
 from elasticdit_jax.types import Batch, Text
 
@@ -35,6 +35,7 @@ class Job:
     codecs: VAE factor -> Codec.
     source, encoder: training data and the encoder of its captions.
     held_out: validation batches, always the same.
+    captions: of the first held-out pictures, within the vocabulary.
   """
 
   config: Any
@@ -45,6 +46,7 @@ class Job:
   source: pipeline.Source
   encoder: WordEncoder
   held_out: tuple[Batch, ...]
+  captions: tuple[str, ...]
 
   def batches(self, start: int) -> Iterator[Batch]:
     """Training batches from step `start` on."""
@@ -110,8 +112,10 @@ def prepare(config: Any, workdir: str) -> Job:
   check_size(config.data.size, max(codecs) * cfg.patch)
   source, held_out, encoder = pipeline.source_from_config(config.data)
   batches = pipeline.validation_batch(held_out, encoder, config.data.batch_size, config.train.validation_batches)
+  first = held_out.read(np.arange(config.report.pictures))[1]
+  captions = tuple(encoder.clip(caption) for caption in first)
   flow = FlowConfig(config.flow.mean, config.flow.std, config.flow.shift, config.flow.tokens)
-  return Job(config, workdir, cfg, flow, codecs, source, encoder, tuple(batches))
+  return Job(config, workdir, cfg, flow, codecs, source, encoder, tuple(batches), captions)
 
 
 def check_size(size: int, multiple: int) -> None:
@@ -119,7 +123,7 @@ def check_size(size: int, multiple: int) -> None:
   if size < multiple or size % multiple:
     nearest = max(multiple, round(size / multiple) * multiple)
     raise ValueError(
-      f"config.data.size: {size} is not a multiple of the {multiple} pixels that the routes need; the nearest is {nearest}"
+      f"config.data.size: {size} is not a multiple of {multiple} pixels, as the routes need; the nearest is {nearest}"
     )
 
 

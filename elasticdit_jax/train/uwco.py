@@ -22,8 +22,9 @@ from elasticdit_jax import elastic
 from elasticdit_jax.elastic import Route
 from elasticdit_jax.interop import model_dir
 from elasticdit_jax.models import dit
+from elasticdit_jax.train import importance as importance_lib
 from elasticdit_jax.train import job as job_lib
-from elasticdit_jax.train import loop, optim, phases, state, step, validation
+from elasticdit_jax.train import loop, optim, phases, state, step
 from elasticdit_jax.train.checkpoint import Checkpointer
 from elasticdit_jax.train.snapshot import Snapshots
 from elasticdit_jax.train.workdir import check_workdir, claim_workdir
@@ -57,8 +58,8 @@ class Run:
     self.stop = table[-1].stop
     self.routes = elastic.standard_routes(job.cfg.depth)
     self._routes_path = os.path.join(job.workdir, "routes.json")
-    self._lite = any("lite" in name for p in table for group in p.groups for name in group)
-    self._analysis_step = next((p.start for p in table if p.name != "init"), None)
+    self._analysis_step = table[0].stop if table[0].name == "init" else 0
+    importance_lib.check_skip(job.cfg.depth, job.config.lite.skip)
     names = {name for p in table for group in p.groups for name in group}
     job_lib.check_routes(names, self.routes, job.codecs)
 
@@ -83,7 +84,7 @@ class Run:
           start=start,
           checkpoint=checkpoint,
           writer=writer,
-          hooks={n: lambda s, n=n: self._boundary(n, s) for n in {*ends, self._analysis_step} - {None}},
+          hooks={n: lambda s, n=n: self._boundary(n, s) for n in {*ends, self._analysis_step}},
         )
 
   def _restore(self, checkpoint: Checkpointer, template: state.TrainState) -> tuple[state.TrainState, int]:
@@ -130,12 +131,12 @@ class Run:
       logging.info("done: open %s", os.path.join(self.job.workdir, "report.md"))
     return current
 
-  def _analyse(self, current: state.TrainState) -> validation.Importance:
+  def _analyse(self, current: state.TrainState) -> importance_lib.Importance:
     logging.info(
       "importance analysis: which %d of %d blocks flex-lite skips", self.job.config.lite.skip, self.job.cfg.depth
     )
     full = [route for name, route in self.routes.items() if name.startswith("max") and route.vae in self.job.codecs]
-    importance = validation.analyse(self.job.validation(), current.ema, full, self.job.config.lite.skip)
+    importance = importance_lib.analyse(self.job.validation(), current.ema, full, self.job.config.lite.skip)
     self.routes = elastic.standard_routes(self.job.cfg.depth, importance.skipped)
     elastic.save_routes(self._routes_path, self.routes)
     return importance

@@ -1,0 +1,55 @@
+"""The phase table: parsing, turns, and which step belongs to whom."""
+
+from absl.testing import absltest, parameterized
+from ml_collections import ConfigDict
+
+from elasticdit_jax import elastic
+from elasticdit_jax.train import phases
+
+
+def table(init=2, warmup=4, specialise=3, recover=2):
+  routes = {
+    "init": "max-f8,max-f16",
+    "warmup": "max-f8+lite-f8,max-f16+lite-f16",
+    "specialise": "lite-f8,lite-f16",
+    "recover": "max-f8+lite-f8",
+  }
+  steps = {"init": init, "warmup": warmup, "specialise": specialise, "recover": recover}
+  return phases.make_table(ConfigDict({n: {"steps": steps[n], "routes": routes[n]} for n in phases.NAMES}))
+
+
+class PhasesTest(parameterized.TestCase):
+  def test_phases_follow_each_other(self):
+    self.assertEqual([(p.start, p.stop) for p in table()], [(0, 2), (2, 6), (6, 9), (9, 11)])
+    self.assertEqual([p.label for p in table()], ["1-init", "2-warmup", "3-specialise", "4-recover"])
+
+  def test_phase_without_steps_is_left_out_and_labels_stay(self):
+    rows = table(init=0)
+    self.assertEqual([p.label for p in rows], ["2-warmup", "3-specialise", "4-recover"])
+    self.assertEqual(rows[0].start, 0)
+
+  @parameterized.parameters((0, "init"), (1, "init"), (2, "warmup"), (8, "specialise"), (9, "recover"), (11, "recover"))
+  def test_phase_at(self, step, name):
+    self.assertEqual(phases.phase_at(table(), step).name, name)
+
+  def test_groups_take_turns_from_the_start_of_the_phase(self):
+    routes = elastic.standard_routes(6, (2,))
+    warmup = table()[1]
+    turns = [tuple(r.name for r in warmup.group_at(n, routes)) for n in range(2, 5)]
+    self.assertEqual(turns, [("max-f8", "lite-f8"), ("max-f16", "lite-f16"), ("max-f8", "lite-f8")])
+    self.assertEqual([r.name for r in table()[2].trained(routes)], ["lite-f8", "lite-f16"])
+
+  @parameterized.parameters("", "max-f8,", "max-f8+", "max-f8+max-f8")
+  def test_bad_groups_name_the_field(self, text):
+    with self.assertRaisesRegex(ValueError, "config.phases.init.routes"):
+      phases.parse_groups(text, "config.phases.init.routes")
+
+  def test_bad_steps(self):
+    with self.assertRaisesRegex(ValueError, "config.phases.warmup.steps: expected 0 or more, got -1"):
+      table(warmup=-1)
+    with self.assertRaisesRegex(ValueError, "no phase has steps"):
+      table(0, 0, 0, 0)
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,99 @@
+"""One update: what it trains, what it leaves alone, what it shares between routes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from elasticdit_jax import elastic
+from elasticdit_jax.flow import path
+from elasticdit_jax.train import optim, state, step
+from elasticdit_jax.types import to_float
+from tests.evals import tiny_model
+from tests.train import small
+
+_LITE = elastic.standard_routes(3, (1,))
+
+
+def _leaves(tree, part):
+  """Leaves whose path names `part`."""
+  flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return [
+    np.asarray(x) for keys, x in flat if part in jax.tree_util.keystr(keys, simple=True, separator="/").split("/")
+  ]
+
+
+class StepTest(parameterized.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.model = tiny_model.make((8,))
+    cls.flow = step.FlowConfig(**small.FLOW)
+    cls.batch = small.batch(cls.model.cfg)
+
+  def _make(self, name="adamw"):
+    config = small.optimizer(learning_rate=1e-2, warmup_steps=0, decay_fraction=0.0, weight_decay=0.1)
+    config.name = name
+    tx = optim.make(config, self.model.params, 1e-2)
+    update = step.make_step(self.model.cfg, self.flow, tx, ema_decay=0.9)
+    return state.create(jax.tree.map(jnp.copy, self.model.params), tx, 0), update
+
+  @parameterized.parameters("adamw", "muon")
+  def test_lite_phase_freezes_skipped_blocks_and_their_optimiser_state(self, name):
+    current, update = self._make(name)
+    both, lite = (_LITE["max-f8"], _LITE["lite-f8"]), (_LITE["lite-f8"],)
+    current, _ = update(current, self.model.codecs, self.batch, group=both, trainable=both)
+    skipped = [_leaves(t, "block_01") for t in (current.params, current.opt_state)]
+    kept = _leaves(current.params, "block_02")
+    self.assertTrue(any(np.any(x) for x in skipped[1]), "momentum should have built up before")
+    for _ in range(3):
+      current, _ = update(current, self.model.codecs, self.batch, group=lite, trainable=lite)
+    after = [_leaves(t, "block_01") for t in (current.params, current.opt_state)]
+    small.same(self, skipped, after)
+    self.assertFalse(np.array_equal(kept[0], _leaves(current.params, "block_02")[0]))
+
+  def test_metrics_are_the_flow_matching_losses_of_each_route(self):
+    routes = (_LITE["max-f8"], _LITE["lite-f8"])
+    key = jax.random.key(3)
+    x0 = self.model.codecs[8].encode(to_float(self.batch.image))
+    loss, metrics = step.group_losses(
+      self.model.cfg, self.flow, self.model.params, {8: x0}, self.batch.text, key, routes, 0.0
+    )
+    time_key, noise_key = jax.random.split(jax.random.fold_in(key, 8))
+    t = path.sample_t(time_key, (4,), shift=self.flow.shift_at(16))
+    eps = jax.random.normal(noise_key, x0.shape)
+    for route in routes:
+      v = step.velocity(self.model.cfg, self.model.params, path.interpolate(x0, eps, t), t, self.batch.text, route)
+      self.assertAlmostEqual(float(metrics[f"loss/{route.name}"]), float(jnp.mean((v - (eps - x0)) ** 2)), places=5)
+    self.assertAlmostEqual(float(loss), float(np.mean([float(m) for m in metrics.values()])), places=5)
+
+  def test_distillation_pulls_lite_to_max_and_leaves_max_alone(self):
+    routes = (_LITE["lite-f8"], _LITE["max-f8"])
+    x0 = self.model.codecs[8].encode(to_float(self.batch.image))
+
+    def grads(distill):
+      def loss(params):
+        return step.group_losses(
+          self.model.cfg, self.flow, params, {8: x0}, self.batch.text, jax.random.key(0), routes, distill
+        )[0]
+
+      return jax.grad(loss)(self.model.params)
+
+    plain, pulled = grads(0.0), grads(1.0)
+    # Only max reads the skipped block: as the teacher it gets no gradient from the distillation term.
+    for a, b in zip(_leaves(plain, "block_01"), _leaves(pulled, "block_01"), strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-6)
+    self.assertFalse(np.allclose(_leaves(plain, "block_02")[0], _leaves(pulled, "block_02")[0], atol=1e-6))
+
+  def test_deterministic_and_one_trace_per_group(self):
+    (a, update), (b, _) = self._make(), self._make()
+    group = (_LITE["lite-f8"],)
+    for _ in range(2):
+      a, _ = update(a, self.model.codecs, self.batch, group=group, trainable=group)
+      b, _ = update(b, self.model.codecs, self.batch, group=group, trainable=group)
+    small.same(self, a.params, b.params)
+    self.assertEqual(update._cache_size(), 1)
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,89 @@
+"""The whole task on a few thousand parameters: phases, files, and a run that dies in the middle of a phase."""
+
+import json
+from unittest import mock
+
+import numpy as np
+from absl.testing import absltest
+
+from elasticdit_jax import elastic
+from elasticdit_jax.generate import Pipeline
+from elasticdit_jax.interop import weights
+from elasticdit_jax.train import step, uwco
+from tests.train import small
+
+
+class _KilledError(Exception):
+  pass
+
+
+def _dies_at(number):
+  """make_step whose update raises before it completes update `number`."""
+  original = step.make_step
+
+  def make_step(*args, **kwargs):
+    update = original(*args, **kwargs)
+
+    def dying(current, *rest, **named):
+      if int(current.step) == number:
+        raise _KilledError
+      return update(current, *rest, **named)
+
+    return dying
+
+  return mock.patch.object(step, "make_step", make_step)
+
+
+class UwcoTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.enter_context(small.small_backbone())
+    self.workdir = small.new_workdir(self)
+    self.config = small.config(self.workdir, init=1, warmup=3, specialise=4, recover=2)
+
+  def test_run_that_dies_inside_a_phase_ends_like_one_that_does_not(self):
+    other = self.workdir.parent / "other"
+    uwco.run(self.config, str(self.workdir))
+    with _dies_at(7), self.assertRaises(_KilledError):
+      uwco.run(self.config, str(other))
+    self.assertFalse((other / "model").exists())
+    uwco.run(self.config, str(other))
+    straight, resumed = (weights.load_tree(w / "model" / "dit.safetensors") for w in (self.workdir, other))
+    small.same(self, straight, resumed)
+    self._check_files()
+
+  def _check_files(self):
+    routes = elastic.load_routes(self.workdir / "routes.json")
+    self.assertLen(routes, 4)
+    self.assertEqual(routes["lite-f8"].active, (0, 2))
+    self.assertEqual(routes, elastic.load_routes(self.workdir / "model" / "routes.json"))
+    steps = sorted(json.loads(p.read_text())["step"] for p in (self.workdir / "snapshots").glob("*.json"))
+    self.assertEqual(steps, [1, 4, 8, 10])
+    report = json.loads((self.workdir / "report.json").read_text())
+    self.assertLen(report["snapshots"], 4)
+    self.assertIn("lite-f16", (self.workdir / "report.md").read_text())
+    self.assertTrue((self.workdir / "images" / "routes.png").is_file())
+    self.assertNotEmpty(list(self.workdir.glob("events.out.tfevents*")))
+    drawn = Pipeline.load(self.workdir)("a red circle", "lite-f16", steps=1)
+    self.assertEqual((drawn.shape, drawn.dtype), ((1, 64, 64, 3), np.uint8))
+
+  def test_bad_input_is_answered_before_anything_is_written(self):
+    cases = {
+      "config.data.size: 72 is not a multiple of .* nearest is 64": lambda c: c.data.update({"size": 72}),
+      "config.vae": lambda c: c.update({"vae": ""}),
+      "config.model.size": lambda c: c.model.update({"size": "XXL"}),
+      "unknown route 'max-f9'": lambda c: c.phases.warmup.update({"routes": "max-f9"}),
+      "config.init: no dit.safetensors": lambda c: c.update({"init": "/nowhere"}),
+      "lite.skip": lambda c: c.lite.update({"skip": 2}),
+    }
+    for message, spoil in cases.items():
+      with self.subTest(message):
+        config = self.config.copy_and_resolve_references().unlock()
+        spoil(config)
+        with self.assertRaisesRegex(ValueError, message):
+          uwco.run(config.lock(), str(self.workdir))
+        self.assertFalse(self.workdir.exists())
+
+
+if __name__ == "__main__":
+  absltest.main()
