@@ -1,0 +1,79 @@
+"""Task `evaluate`: scores, validation losses, costs and pictures of the routes of a finished model."""
+
+import json
+import os
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from elasticdit_jax.data import pipeline as data_pipeline
+from elasticdit_jax.evals import profile, report, scene_eval
+from elasticdit_jax.evals.validation import Validation, make_validation
+from elasticdit_jax.generate import Pipeline, parse_routes
+
+
+def run(config: Any, workdir: str) -> None:
+  """Writes WORKDIR/report.json, report.md and images/routes.png.
+
+  Args:
+    config: fields checkpoint ("" = the weights inside the package), routes ("all", or names separated by commas),
+      steps, guidance, seed, solver, per_task (prompts per task and split; 0 = no scores), pictures, validation (number
+      of pictures whose loss is measured), repeats (of the timing) and data (as in training: where captions and
+      validation pictures come from; size 0 = the model's).
+    workdir: is created.
+
+  Raises:
+    ValueError: in one line; nothing has been written then.
+  """
+  _check(config)
+  pipeline = Pipeline.load(config.checkpoint or None)
+  names = parse_routes(config.routes, pipeline)
+  sampling = {"steps": config.steps, "guidance": config.guidance, "solver": config.solver}
+  for name in names:
+    pipeline.arguments([""], name, seed=config.seed, **sampling)
+  validation, captions = _held_out(config, pipeline)
+  prompts = scene_eval.fixed_prompts(config.pictures) if config.data.source == "scenes" else captions
+  measured = {}
+  for name in names:
+    route = pipeline.select(name)
+    by_time = validation.by_time(pipeline.model.params, route)
+    measured[name] = {"active_blocks": len(route.active), "loss": float(by_time.mean()), "loss_by_time": by_time}
+    logging.info("loss: %s %.4f", name, measured[name]["loss"])
+  if config.per_task and config.data.source == "scenes":
+    scores = scene_eval.evaluate_routes(pipeline, names, config.per_task, seed=config.seed, **sampling)
+    for name, score in scores.items():
+      measured[name]["score"] = score
+  report.write(
+    workdir,
+    title=f"Evaluation of {config.checkpoint or 'the weights inside the package'}",
+    snapshots=[{"step": 0, "label": "given weights", "routes": measured}],
+    profiles=profile.profile_routes(pipeline, names, repeats=config.repeats, **sampling),
+    prompts=prompts,
+    drawn={"given weights": {name: pipeline(prompts, name, seed=config.seed, **sampling) for name in names}},
+    config=json.loads(config.to_json()),
+  )
+  logging.info("done: open %s", os.path.join(workdir, "report.md"))
+
+
+def _check(config: Any) -> None:
+  for field, least in (("per_task", 0), ("pictures", 1), ("validation", 1), ("repeats", 1)):
+    if config[field] < least:
+      raise ValueError(f"config.{field}: expected at least {least}, got {config[field]}")
+
+
+def _held_out(config: Any, pipeline: Pipeline) -> tuple[Validation, list[str]]:
+  """The validation losses' inputs, and the captions of the first held-out pictures."""
+  model, data = pipeline.model, config.data.copy_and_resolve_references()
+  with data.unlocked():
+    data.size = data.size or model.size
+  if data.source == "scenes" and not scene_eval.knows_scenes(pipeline):
+    raise ValueError(
+      "config.data.source: this model was not trained on the embedded scenes; give its pictures with"
+      " --config.data.source=folder --config.data.path=DIR"
+    )
+  _, source, _ = data_pipeline.source_from_config(data)
+  (batch,) = data_pipeline.validation_batch(source, model.encoder, config.validation, 1)
+  keys, order = range(config.pictures), source.order(None)
+  captions = [model.encoder.clip(caption) for caption in source.read(np.array([order[i] for i in keys]))[1]]
+  return make_validation(model.cfg, model.codecs, batch), captions
