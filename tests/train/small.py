@@ -7,6 +7,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from configs import common, uwco
@@ -44,6 +45,28 @@ def new_workdir(test) -> pathlib.Path:
   folder = tempfile.TemporaryDirectory()
   test.addCleanup(folder.cleanup)
   return pathlib.Path(folder.name) / "run"
+
+
+def reuse_programs(test) -> None:
+  """Until the test ends, a program that was compiled once is not compiled again: a second run starts at once."""
+  folder = tempfile.TemporaryDirectory()
+  values = {
+    "jax_compilation_cache_dir": folder.name,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  before = {name: getattr(jax.config, name) for name in values}
+
+  def restore() -> None:
+    for name, value in before.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    folder.cleanup()
+
+  test.addCleanup(restore)
+  for name, value in values.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
 
 
 def batch(cfg: dit.DiTConfig, rows: int = 4, size: int = 64, seed: int = 0) -> Batch:

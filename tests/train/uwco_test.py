@@ -40,6 +40,10 @@ class UwcoTest(absltest.TestCase):
     self.enter_context(small.small_backbone())
     self.workdir = small.new_workdir(self)
     self.config = small.config(self.workdir, init=1, warmup=3, specialise=4, recover=2)
+    with self.config.unlocked():
+      self.config.phases.init.routes = "max-f16"
+      self.config.phases.specialise.routes = "lite-f16"
+    small.reuse_programs(self)
 
   def test_run_that_dies_inside_a_phase_ends_like_one_that_does_not(self):
     other = self.workdir.parent / "other"
