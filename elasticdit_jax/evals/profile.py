@@ -1,11 +1,13 @@
 """What each route costs: parameters, floating-point operations, realised sparsity, milliseconds.
 
-Everything is measured on the program that draws pictures, generate.sample_images; a step of the sampler is what is
-left of it without the decoder, divided by the number of steps.
+Everything is measured on the program that draws pictures, generate.sample_images. A step of the sampler is what is left
+of it without the decoder, divided by the number of steps; its time is a difference of the fastest runs, because noise
+only ever adds.
 """
 
 import dataclasses
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +28,7 @@ from elasticdit_jax.ops import blocks, gating
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-  """Costs of one route. Times are medians; FLOPs are 2 * multiply-accumulates with attention.
+  """Costs of one route; FLOPs are 2 * multiply-accumulates with attention.
 
   Attributes:
     active_blocks: blocks that run.
@@ -35,7 +37,8 @@ class Profile:
     realised_sparsity: mean over active blocks of the share of key blocks that a query block drops.
     flops_per_step: of one picture and one step of the sampler, both halves of guidance included.
     flops_per_image: of one picture, decoder included.
-    ms_per_step, ms_per_image: of one picture, where `batch` pictures run together.
+    ms_per_step: of one picture where `batch` pictures run together; NaN where the noise was larger.
+    ms_per_image: likewise, median.
     compile_s: seconds to trace and compile; short where a compilation cache already held the program.
     batch, steps, guidance: how it was run.
     height, width: of the pictures.
@@ -88,7 +91,7 @@ def profile_routes(
     routes: names; all that can draw where None.
     steps, guidance, solver, size: as in the call of the pipeline.
     batch: pictures at a time; 1 measures latency.
-    repeats: rounds; the median counts.
+    repeats: rounds.
 
   Raises:
     ValueError: for what the pipeline refuses, or fewer than one repeat or picture.
@@ -139,8 +142,8 @@ class _Decoder:
     return self._compiled(*self._args)
 
 
-def _interleaved(programs: dict[Any, Callable[[], jax.Array]], repeats: int) -> dict[Any, float]:
-  """Median seconds of each program, run in turns; the first round warms up and does not count."""
+def _interleaved(programs: dict[Any, Callable[[], jax.Array]], repeats: int) -> dict[Any, list[float]]:
+  """Seconds of every run of each program, in turns; the first round warms up and does not count."""
   seconds = {name: [] for name in programs}
   for number in range(repeats + 1):
     for name, program in programs.items():
@@ -148,15 +151,15 @@ def _interleaved(programs: dict[Any, Callable[[], jax.Array]], repeats: int) -> 
       jax.block_until_ready(program())
       if number:
         seconds[name].append(time.perf_counter() - begin)
-  return {name: statistics.median(values) for name, values in seconds.items()}
+  return seconds
 
 
 def _profile(
   pipeline: generate.Pipeline,
   program: _Program,
   decoder: _Decoder,
-  image_s: float,
-  decode_s: float,
+  image_s: list[float],
+  decode_s: list[float],
   steps: int,
   guidance: float,
   batch: int,
@@ -164,6 +167,7 @@ def _profile(
   cfg, route = pipeline.model.cfg, program.route
   grid = tuple(n // cfg.patch for n in program.grid)
   height, width = (n * route.vae for n in program.grid)
+  step_s = (min(image_s) - min(decode_s)) / steps
   return Profile(
     active_blocks=len(route.active),
     active_parameters=dit.count_parameters(pipeline.model.params, route),
@@ -171,8 +175,8 @@ def _profile(
     realised_sparsity=realised_sparsity(route, grid, cfg.block_side),
     flops_per_step=(program.flops - decoder.flops) / steps / batch,
     flops_per_image=program.flops / batch,
-    ms_per_step=1000 * (image_s - decode_s) / steps / batch,
-    ms_per_image=1000 * image_s / batch,
+    ms_per_step=1000 * step_s / batch if step_s > 0 else math.nan,
+    ms_per_image=1000 * statistics.median(image_s) / batch,
     compile_s=program.compile_s,
     batch=batch,
     steps=steps,

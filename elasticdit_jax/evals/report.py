@@ -5,6 +5,7 @@ report.json (numbers that do not exist are null):
     format, title, created        1, text, UTC time
     environment                   device, device_count, cores, load, jax, python, version
     routes.NAME.profile           the fields of evals.profile.Profile, or null
+    routes.NAME.active_blocks     blocks that run
     routes.NAME.loss              validation flow-matching loss, mean over the time bins
     routes.NAME.loss_by_time      the same per bin, from the bin next to the data to the one next to noise
     routes.NAME.score             split -> {strict, partial, extra: {task: share, overall: mean}, prompts}, or null
@@ -100,7 +101,7 @@ def _assemble(title, snapshots, profiles, prompts, config) -> dict[str, Any]:
   routes = {
     name: {
       "profile": dataclasses.asdict(profiles[name]) if name in profiles else None,
-      **{key: final.get(name, {}).get(key) for key in ("loss", "loss_by_time", "score")},
+      **{key: final.get(name, {}).get(key) for key in ("active_blocks", "loss", "loss_by_time", "score")},
     }
     for name in dict.fromkeys([*final, *profiles])
   }
@@ -125,11 +126,27 @@ def _draw(workdir: str | os.PathLike, prompts: Sequence[str], drawn: Mapping[str
     grids["images/routes.png"] = final
     lite = [name for name in final if name.startswith("lite")]
     if lite and len(drawn) > 1:
-      rows = {f"{name} {label}": images[name] for name in lite for label, images in drawn.items() if name in images}
-      grids["images/uwco.png"] = rows
+      grids["images/uwco.png"] = _story(lite, drawn)
   for file, rows in grids.items():
     pictures.save_png(os.path.join(workdir, file), pictures.grid(prompts, rows), prompt="; ".join(prompts))
   return list(grids)
+
+
+def _story(lite: Sequence[str], drawn: Mapping[str, Drawn]) -> Drawn:
+  """Rows: each lite route over the labels, below it the final pictures of the max route with its VAE."""
+  final_label, final = list(drawn.items())[-1]
+  rows = {}
+  for name in lite:
+    rows |= {f"{name} {label}": images[name] for label, images in drawn.items() if name in images}
+    full = _full(name)
+    if full in final:
+      rows[f"{full} {final_label}"] = final[full]
+  return rows
+
+
+def _full(lite: str) -> str:
+  """The max route that a lite route is compared with."""
+  return lite.replace("lite", "max", 1)
 
 
 def _notes(report: Mapping[str, Any]) -> list[str]:
@@ -148,8 +165,9 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
   if profiles:
     where = report["environment"]
     notes.append(
-      f"Times: median of runs in turns, {profiles[0]['batch']} at a time, guidance and decoder included; load average"
-      f" {where['load']:.1f} on {where['cores']} cores. On a busy machine only their ratios mean anything."
+      f"Times: runs in turns, pictures at a time: {profiles[0]['batch']}, guidance and decoder included; load average"
+      f" {where['load']:.1f} on {where['cores']} cores. On a busy machine only their ratios mean anything. Compiling is"
+      " short where the compilation cache already held the program."
     )
     notes.append("FLOPs: 2 per multiply-accumulate, attention included.")
     if not any(p["realised_sparsity"] for p in profiles):
@@ -161,13 +179,13 @@ def _gaps(scored: Mapping[str, Mapping[str, Any]]) -> list[str]:
   """How far each lite route stays behind the max route of its VAE."""
   notes = []
   for name, table in scored.items():
-    full = scored.get(name.replace("lite", "max", 1))
+    full = scored.get(_full(name))
     if not name.startswith("lite") or full is None:
       continue
     gaps = {split: full[split]["strict"]["overall"] - table[split]["strict"]["overall"] for split in table}
     said = ", ".join(f"{-100 * gap:+.1f} points ({split})" for split, gap in gaps.items())
     verdict = "within" if max(gaps.values()) <= _CLOSE else "MISSED: not within"
-    notes.append(f"{name} against {name.replace('lite', 'max', 1)}: {said}; {verdict} {100 * _CLOSE:.0f} points.")
+    notes.append(f"{name} against {_full(name)}: {said}; {verdict} {100 * _CLOSE:.0f} points.")
   return notes
 
 

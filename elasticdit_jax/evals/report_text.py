@@ -19,7 +19,7 @@ def render(report: Mapping[str, Any]) -> str:
     *_scores(report["routes"]),
     *_losses(report["routes"]),
     *_curve(report["snapshots"]),
-    *_picture(report, "images/uwco.png", "The lite routes over the phases"),
+    *_picture(report, "images/uwco.png", "The lite routes over the phases, and flex-max at the end"),
     *_importance(report["importance"]),
     *_listed("Notes", [f"- {note}" for note in report["notes"]]),
     *_listed("Config", ["```", *_leaves(report["config"]), "```"] if report["config"] else []),
@@ -62,7 +62,7 @@ def _routes(routes: Mapping[str, Any]) -> list[str]:
   rows = []
   for name, route in routes.items():
     profile, score = route["profile"], route["score"]
-    costs = [_NONE] * 9
+    costs = [_number(route["active_blocks"], "{}"), *[_NONE] * 8]
     if profile:
       costs = [
         f"{profile['active_blocks']}",
@@ -71,7 +71,7 @@ def _routes(routes: Mapping[str, Any]) -> list[str]:
         f"{100 * profile['realised_sparsity']:.1f} %",
         f"{profile['flops_per_step'] / 1e9:.3g}",
         f"{profile['flops_per_image'] / 1e9:.3g}",
-        f"{profile['ms_per_step']:.3g}",
+        _number(profile["ms_per_step"], "{:.3g}"),
         f"{profile['ms_per_image']:.3g}",
         f"{profile['compile_s']:.1f}",
       ]

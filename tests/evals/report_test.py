@@ -132,6 +132,7 @@ class ReportTest(absltest.TestCase):
       page = np.asarray(file)
     for step in (100, 200, 400):
       self.assertGreaterEqual((page == _drawn(step)["lite-f8"][0, 0, 0]).all(-1).sum(), 100 * 100)
+    self.assertGreaterEqual((page == final["max-f16"][0, 0, 0]).all(-1).sum(), 100 * 100)
 
   def test_without_scores_pictures_or_profiles(self):
     got = self._write((_snapshot(7, "given weights", 0.3, score=False),), drawn=None, profiles=None)
@@ -142,6 +143,7 @@ class ReportTest(absltest.TestCase):
     self.assertNotIn("Strict", text)
     self.assertNotIn("The curve", text)
     self.assertIn("0.7000", text)
+    self.assertIn("| max-f8 | 4 | – |", text)
 
   def test_needs_a_snapshot(self):
     with self.assertRaisesRegex(ValueError, "expected at least one snapshot"):
