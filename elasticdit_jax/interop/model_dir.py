@@ -20,7 +20,7 @@ import numpy as np
 
 from elasticdit_jax import elastic
 from elasticdit_jax.data.text import WordEncoder
-from elasticdit_jax.elastic import Route
+from elasticdit_jax.elastic import VAE_FACTORS, Route
 from elasticdit_jax.interop import weights
 from elasticdit_jax.models import dit, tdvae
 from elasticdit_jax.models.codec import Codec
@@ -67,9 +67,14 @@ def save(path: str | os.PathLike, model: Model, dtype: str = "float32") -> None:
     path: the directory.
     model: what to write.
     dtype: of the stored weights, "float32" or "float16".
+
+  Raises:
+    ValueError: where `path` holds something else than a model directory, or values that `dtype` cannot.
   """
   path = os.fspath(path).rstrip("/")
-  partial = f"{path}.partial"
+  if os.path.lexists(path) and not _replaceable(path):
+    raise ValueError(f"model directory: {path} exists and holds something else; give another path")
+  partial, old = f"{path}.partial", f"{path}.old"
   shutil.rmtree(partial, ignore_errors=True)
   os.makedirs(partial)
   save_codecs(partial, model.codecs, dtype)
@@ -84,8 +89,20 @@ def save(path: str | os.PathLike, model: Model, dtype: str = "float32") -> None:
     "provenance": dict(model.provenance),
   }
   _write_json(f"{partial}/model.json", described)
-  shutil.rmtree(path, ignore_errors=True)
+  # Renamed, not deleted: between the two renames the old model is still whole, beside the new one.
+  shutil.rmtree(old, ignore_errors=True)
+  if os.path.isdir(path):
+    os.replace(path, old)
   os.replace(partial, path)
+  shutil.rmtree(old, ignore_errors=True)
+
+
+def _replaceable(path: str) -> bool:
+  """An empty directory, or one that `save` or `save_codecs` wrote."""
+  if not os.path.isdir(path) or os.path.islink(path):
+    return False
+  names = os.listdir(path)
+  return not names or "model.json" in names or any(f"vae_f{factor}.safetensors" in names for factor in VAE_FACTORS)
 
 
 def load(path: str | os.PathLike) -> Model:
@@ -98,19 +115,42 @@ def load(path: str | os.PathLike) -> Model:
   if not os.path.isfile(f"{path}/model.json") and os.path.isfile(f"{path}/model/model.json"):
     path = f"{path}/model"
   described = _read_json(path)
-  cfg = dit.DiTConfig(**described["dit"])
+  try:
+    cfg = dit.DiTConfig(**described["dit"])
+    encoder = WordEncoder.from_json(described["text_encoder"])
+    flow = FlowShift(**described["flow"])
+    size, provenance = described["size"], described["provenance"]
+  except (KeyError, TypeError, ValueError) as e:
+    raise ValueError(
+      f"checkpoint: {path}/model.json does not describe a model ({type(e).__name__}: {e}); export the model again"
+    ) from e
   params = weights.load_tree(f"{path}/dit.safetensors")
   weights.check_tree(dit.init_shapes(cfg), params, f"{path}/dit.safetensors")
-  return Model(
-    cfg,
-    jax.tree.map(jnp.asarray, params),
-    load_codecs(path),
-    WordEncoder.from_json(described["text_encoder"]),
-    elastic.load_routes(f"{path}/routes.json"),
-    FlowShift(**described["flow"]),
-    described["size"],
-    described["provenance"],
-  )
+  codecs, routes = load_codecs(path), elastic.load_routes(f"{path}/routes.json")
+  model = Model(cfg, jax.tree.map(jnp.asarray, params), codecs, encoder, routes, flow, size, provenance)
+  _check_parts(path, model)
+  return model
+
+
+def _check_parts(path: str, model: Model) -> None:
+  """Each file is fine by itself; do they belong together?"""
+  cfg = model.cfg
+  pairs = [("routes.json", "blocks", next(iter(model.routes.values())).depth, cfg.depth)]
+  pairs += [("model.json", "text features", model.encoder.dim, cfg.text_dim)]
+  pairs += [
+    (f"vae_f{factor}.safetensors", "latent channels", codec.cfg.latent_channels, cfg.latent_channels)
+    for factor, codec in model.codecs.items()
+  ]
+  for file, what, got, expected in pairs:
+    if got != expected:
+      raise ValueError(
+        f"checkpoint: {path}/{file} is for {got} {what}, the backbone has {expected}; export the model again"
+      )
+  if model.encoder.length > cfg.text_length:
+    raise ValueError(
+      f"checkpoint: {path}/model.json has captions of up to {model.encoder.length} words, the backbone reads"
+      f" {cfg.text_length}; export the model again"
+    )
 
 
 def save_codecs(path: str | os.PathLike, codecs: Mapping[int, Codec], dtype: str = "float32") -> None:
@@ -132,7 +172,7 @@ def load_codecs(path: str | os.PathLike) -> dict[int, Codec]:
     ValueError: where there is none, or one is damaged or does not fit its own description.
   """
   codecs = {}
-  for factor in elastic.VAE_FACTORS:
+  for factor in VAE_FACTORS:
     file = f"{os.fspath(path)}/vae_f{factor}.safetensors"
     if os.path.isfile(file):
       codecs[factor] = _load_codec(file)
@@ -147,11 +187,18 @@ def _load_codec(file: str) -> Codec:
   params, metadata = weights.load_tree(file), weights.load_metadata(file)
   try:
     cfg = tdvae.VAEConfig(**json.loads(metadata["config"]))
-    shift, scale = json.loads(metadata["shift"]), json.loads(metadata["scale"])
-  except (KeyError, TypeError, json.JSONDecodeError) as e:
-    raise ValueError(f"vae: {file} lacks the description this library writes into its metadata ({e})") from e
+    shift = np.asarray(json.loads(metadata["shift"]), np.float32)
+    scale = np.float32(json.loads(metadata["scale"]))
+    if shift.shape != (cfg.latent_channels,) or not np.isfinite(shift).all() or not 0 < scale < np.inf:
+      raise ValueError(f"expected {cfg.latent_channels} finite shifts and a positive scale")
+  except (KeyError, TypeError, ValueError) as e:
+    raise ValueError(
+      f"vae: {file} lacks the description this library writes into its metadata ({type(e).__name__}: {e})"
+    ) from e
+  if os.path.basename(file) != f"vae_f{cfg.factor}.safetensors":
+    raise ValueError(f"vae: {file} holds an f{cfg.factor} VAE; give the file the name vae_f{cfg.factor}.safetensors")
   weights.check_tree(tdvae.init_shapes(cfg), params, file)
-  return Codec(cfg, jax.tree.map(jnp.asarray, params), jnp.asarray(shift, jnp.float32), jnp.float32(scale))
+  return Codec(cfg, jax.tree.map(jnp.asarray, params), jnp.asarray(shift), jnp.asarray(scale))
 
 
 def _write_json(file: str, value: Mapping) -> None:
@@ -168,10 +215,9 @@ def _read_json(path: str) -> dict:
     raise ValueError(
       f"checkpoint: no model.json in {path}; expected a model directory or the workdir of a finished training run"
     ) from None
-  except json.JSONDecodeError as e:
+  except ValueError as e:
     raise ValueError(f"checkpoint: {path}/model.json is not valid JSON ({e}); export the model again") from None
-  if described.get("format") != FORMAT:
-    raise ValueError(
-      f"checkpoint: {path}/model.json has format {described.get('format')!r}, this version reads {FORMAT}"
-    )
+  found = described.get("format") if isinstance(described, dict) else None
+  if found != FORMAT:
+    raise ValueError(f"checkpoint: {path}/model.json has format {found!r}, this version reads {FORMAT}")
   return described

@@ -1,0 +1,87 @@
+"""Codec: normalised latents, statistics, and pixels."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest
+
+from elasticdit_jax.models import tdvae
+from elasticdit_jax.models.codec import Codec, fit_statistics, to_uint8
+from elasticdit_jax.models.tdvae import TDVAE, VAEConfig
+from elasticdit_jax.types import to_float
+from tests.models import cases
+
+CFG = VAEConfig(8, (4, 8, 8), (0, 0, 1), (0, 0, 1), flow=4)
+
+
+def _codec(shift=0.0, scale=1.0):
+  return Codec(CFG, cases.random_tree(tdvae.init_shapes(CFG)), jnp.full(16, shift), jnp.float32(scale))
+
+
+def _image(size=24):
+  return np.random.default_rng(size).uniform(-1, 1, (3, size, size, 3)).astype(np.float32)
+
+
+_encode = jax.jit(Codec.encode, compiler_options=cases.FAST)
+_decode = jax.jit(Codec.decode, compiler_options=cases.FAST)
+
+
+class CodecTest(absltest.TestCase):
+  def test_statistics_normalise(self):
+    rng = np.random.default_rng(0)
+    raw = (rng.normal(size=(4, 8, 8, 3)) * [1.0, 2.0, 0.1] + [5.0, 0.0, -1.0]).astype(np.float32)
+    shift, scale = fit_statistics(raw)
+    self.assertEqual((shift.shape, scale.shape), ((3,), ()))
+    z = (raw - shift) * scale
+    np.testing.assert_allclose(z.mean((0, 1, 2)), np.zeros(3), atol=1e-5)
+    self.assertAlmostEqual(np.square(z).mean(), 1.0, places=4)
+    # One scale for all: the channels keep their relative energies.
+    np.testing.assert_allclose(z.std((0, 1, 2)) / raw.std((0, 1, 2)), np.full(3, scale), rtol=1e-4)
+
+  def test_encode_and_decode_undo_the_normalisation(self):
+    image, plain = _image(), _codec()
+    raw = _encode(plain, image)
+    codec = dataclasses.replace(plain, shift=raw.mean((0, 1, 2)), scale=jnp.float32(4.0))
+    self.assertEqual(codec.factor, 8)
+    z = _encode(codec, image)
+    np.testing.assert_allclose(z, (raw - codec.shift) * 4.0, atol=1e-5)
+    np.testing.assert_allclose(_decode(codec, z), _decode(plain, raw), atol=1e-4)
+    self.assertEqual(_decode(plain, raw).shape, image.shape)
+
+  def test_decoded_values_are_clipped_and_no_gradient_enters_the_encoder(self):
+    codec = _codec()
+    z = np.random.default_rng(0).normal(size=(3, 3, 3, 16)).astype(np.float32)
+    decode = jax.jit(lambda z: TDVAE(CFG).apply({"params": codec.params}, z, method="decode"))
+    direct = decode(100 * z)
+    self.assertGreater(np.abs(direct).max(), 2.0)
+    np.testing.assert_allclose(_decode(codec, 100 * z), np.clip(direct, -1, 1), atol=1e-4)
+    grad = jax.jit(jax.grad(lambda x: jnp.square(codec.encode(x)).sum()))(_image(8))
+    np.testing.assert_array_equal(grad, np.zeros_like(grad))
+
+  def test_a_codec_is_an_argument_under_jit_and_its_weights_are_no_part_of_the_program(self):
+    traces = []
+
+    @jax.jit
+    def encode(codec, image):
+      traces.append(codec.cfg)
+      return codec.encode(image)
+
+    image = _image(8)
+    first, second = encode(_codec(), image), encode(_codec(shift=1.0, scale=2.0), image)
+    self.assertLen(traces, 1)
+    np.testing.assert_allclose(second, (first - 1.0) * 2.0, atol=1e-4)
+    other = dataclasses.replace(CFG, flow=8)
+    encode(Codec(other, cases.random_tree(tdvae.init_shapes(other)), jnp.zeros(16), jnp.float32(1.0)), image)
+    self.assertEqual(traces, [CFG, other])
+
+  def test_pixels_round_trip_and_round_to_the_nearest_level(self):
+    levels = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(to_uint8(to_float(levels)), levels)
+    np.testing.assert_array_equal(to_uint8(to_float(levels) + 0.9 / 255 * np.sign(127.5 - levels)), levels)
+    self.assertEqual(to_uint8(jnp.array([-1.0, 0.0, 1.0])).dtype, jnp.uint8)
+
+
+if __name__ == "__main__":
+  absltest.main()
