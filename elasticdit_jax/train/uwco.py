@@ -122,8 +122,8 @@ class Run:
     importance = None
     if n == self._analysis_step:
       importance = self._analyse(current)
-    before = next((p.label for p in reversed(self.table) if p.stop == n), "given weights")
-    self.snapshots.take(n, f"after {before}", current.ema, self.routes, importance)
+    label = next((f"after {p.label}" for p in self.table if p.stop == n), "given weights")
+    self.snapshots.take(n, label, current.ema, self.routes, importance)
     if n == self.stop:
       model = self.job.model(current.ema, self.routes, {"task": self.job.config.task, "steps": str(n)})
       model_dir.save(os.path.join(self.job.workdir, "model"), model)
