@@ -151,13 +151,12 @@ class ModelDirTest(parameterized.TestCase):
 
   def test_damaged(self):
     for name in FILES:
-      for keep in (0, 0.6):
-        model_dir.save(self.path, _model())
-        file = self.path / name
-        file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
-        self.assertIn(name, self._message())
+      model_dir.save(self.path, _model())
+      file = self.path / name
+      file.write_bytes(file.read_bytes()[: int(0.6 * file.stat().st_size)])
+      self.assertIn(name, self._message())
     model_dir.save(self.path, _model())
-    for content in (b"\xff\xfe\x00\x01", b"[1]", b"null", b'{"format": 0}'):
+    for content in (b"", b"\xff\xfe\x00\x01", b"[1]", b"null", b'{"format": 0}'):
       (self.path / "model.json").write_bytes(content)
       self.assertIn("model.json", self._message())
 

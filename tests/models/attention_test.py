@@ -38,13 +38,11 @@ def _run(grid, ratio, layer=0, dtype=jnp.float32, side=2, params=None):
     return _layer(dtype).apply({"params": params}, image, text, mask, table, sparsity)
 
   image, text, mask = _inputs(grid)
-  return jax.jit(apply, compiler_options=cases.FAST)(
-    params or _params(grid), image.astype(dtype), text.astype(dtype), mask
-  )
+  return jax.jit(apply)(params or _params(grid), image.astype(dtype), text.astype(dtype), mask)
 
 
 class JointAttentionTest(parameterized.TestCase):
-  @parameterized.parameters(((4, 4),), ((3, 5),), ((1, 7),))
+  @parameterized.parameters(((4, 4),), ((3, 5),))
   def test_sparse_equals_dense_where_every_block_is_kept(self, grid):
     for layer in (0, 1):
       for sparse, dense in zip(_run(grid, 0.01, layer), _run(grid, 0.0, layer), strict=True):
@@ -57,9 +55,8 @@ class JointAttentionTest(parameterized.TestCase):
     self.assertGreater(np.abs(sparse[0] - dense[0]).max(), 1e-2)
 
   def test_consecutive_layers_cut_different_windows(self):
-    layers = [_run((4, 4), 0.7, layer)[0] for layer in range(3)]
-    self.assertGreater(np.abs(layers[0] - layers[1]).max(), 1e-2)
-    np.testing.assert_array_equal(layers[0], layers[2])
+    even, odd = (_run((4, 4), 0.7, layer)[0] for layer in (0, 1))
+    self.assertGreater(np.abs(even - odd).max(), 1e-2)
 
   def test_one_block_over_the_whole_grid(self):
     for sparse, dense in zip(_run((3, 3), 0.9, side=8), _run((3, 3), 0.0), strict=True):
@@ -80,9 +77,8 @@ class JointAttentionTest(parameterized.TestCase):
     for a, b in zip(_run((4, 4), 0.0, params=louder), _run((4, 4), 0.0, params=params), strict=True):
       np.testing.assert_allclose(a, b, atol=1e-3)
 
-  @parameterized.parameters(0.0, 0.01)
-  def test_bfloat16(self, ratio):
-    for half, full in zip(_run((3, 5), ratio, dtype=jnp.bfloat16), _run((3, 5), ratio), strict=True):
+  def test_bfloat16(self):
+    for half, full in zip(_run((3, 5), 0.01, dtype=jnp.bfloat16), _run((3, 5), 0.01), strict=True):
       self.assertEqual(half.dtype, jnp.bfloat16)
       self.assertLess(np.abs(half.astype(jnp.float32) - full).mean(), 0.03)
 

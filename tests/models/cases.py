@@ -23,9 +23,6 @@ CFG = dit.DiTConfig(
   rope_theta=100.0,
 )
 
-# Compiling takes longer than running here.
-FAST = {"xla_backend_optimization_level": 0}
-
 
 def random_tree(shapes):
   """Normal values of standard deviation 0.1, norm scales around 1; a leaf depends on its path and shape only."""
@@ -58,4 +55,4 @@ def forward(cfg=CFG):
   def apply(params, x, t, text, text_mask, bypass=None, *, route):
     return dit.ElasticDiT(cfg).apply({"params": params}, x, t, text, text_mask, route=route, bypass=bypass)
 
-  return jax.jit(apply, static_argnames="route", compiler_options=FAST)
+  return jax.jit(apply, static_argnames="route")

@@ -32,7 +32,7 @@ class RouteTest(parameterized.TestCase):
       traces.append(route.name)
       return dit.ElasticDiT(cfg).apply({"params": params}, x, t, text, mask, route=route)
 
-    step = jax.jit(apply, static_argnames="route", compiler_options=cases.FAST)
+    step = jax.jit(apply, static_argnames="route")
     routes = standard_routes(3, [1])
     path = os.path.join(self.enterContext(tempfile.TemporaryDirectory()), "routes.json")
     elastic.save_routes(path, routes)
@@ -45,18 +45,17 @@ class RouteTest(parameterized.TestCase):
     self.assertEqual(step._cache_size(), 4)
 
   def test_a_skipped_block_is_not_in_the_program(self):
-    cfg = _depth(6)
     flops = {}
-    for keep in ((1, 1, 1, 1, 1, 1), (1, 1, 1, 0, 1, 1), (1, 0, 1, 0, 1, 1)):
-      program = cases.forward(cfg).lower(cases.params(cfg), *cases.inputs(cfg=cfg), route=_route(keep)).compile()
+    for keep in ((1, 1, 1, 1), (1, 1, 0, 1), (1, 0, 0, 1)):
+      program = cases.forward().lower(cases.params(), *cases.inputs(), route=_route(keep)).compile()
       flops[sum(keep)] = program.cost_analysis()["flops"]
       text = program.as_text()
-      self.assertEqual([int(f"block_{i:02d}" in text) for i in range(6)], list(keep))
-    one = flops[6] - flops[5]
-    self.assertAlmostEqual((flops[5] - flops[4]) / one, 1.0, delta=0.01)
+      self.assertEqual([int(f"block_{i:02d}" in text) for i in range(4)], list(keep))
+    one = flops[4] - flops[3]
+    self.assertAlmostEqual((flops[3] - flops[2]) / one, 1.0, delta=0.01)
     # What no route can skip (embeddings, modulation, output) is a small rest.
-    self.assertAlmostEqual(flops[4] / flops[6], 4 / 6, delta=0.04)
-    self.assertBetween(flops[6] / (6 * one), 1.0, 1.1)
+    self.assertAlmostEqual(flops[3] / flops[4], 3 / 4, delta=0.04)
+    self.assertAlmostEqual(flops[2] / flops[4], 2 / 4, delta=0.08)
 
   def test_gradients_of_skipped_blocks_are_zero_and_their_values_are_not_read(self):
     cfg, route = _depth(3), _route((1, 0, 1))
@@ -66,7 +65,7 @@ class RouteTest(parameterized.TestCase):
     def loss(params):
       return jnp.square(dit.ElasticDiT(cfg).apply({"params": params}, *args, route=route)).mean()
 
-    step = jax.jit(jax.value_and_grad(loss), compiler_options=cases.FAST)
+    step = jax.jit(jax.value_and_grad(loss))
     value, grads = step(params)
     other, others = step(broken)
     self.assertTrue(np.isfinite(value))
@@ -82,7 +81,7 @@ class RouteTest(parameterized.TestCase):
     # The last block gives no text out, so nothing depends on its text queries.
     self.assertEqual(unread, {"block_02/attention/text/q_norm/scale"})
 
-  @parameterized.parameters(((1, 0, 1, 1),), ((1, 0, 0, 1),), ((1, 1, 1, 1),))
+  @parameterized.parameters(((1, 0, 1, 1),), ((1, 0, 0, 1),))
   def test_lite_equals_max_with_the_skipped_blocks_bypassed(self, keep):
     # Mixed sparsity: a block keeps its window on every route, whatever runs before it.
     sparsity = (0.5, 0.0, 0.5, 0.5)
@@ -92,7 +91,7 @@ class RouteTest(parameterized.TestCase):
     expected = cases.forward()(*args, bypass, route=full)
     np.testing.assert_allclose(cases.forward()(*args, route=lite), expected, atol=2e-5)
     nothing = cases.forward()(*args, np.zeros(4, bool), route=full)
-    self.assertEqual(bool(np.abs(nothing - expected).max() > 1e-2), not all(keep))
+    self.assertGreater(np.abs(nothing - expected).max(), 1e-2)
 
   def test_lite_equals_max_where_the_gates_of_the_skipped_block_are_zero(self):
     params = dict(cases.params())

@@ -24,7 +24,7 @@ def _image(height, width, batch=2):
 
 
 def _call(cfg, params, value, method, *args):
-  run = jax.jit(lambda p, x: TDVAE(cfg).apply({"params": p}, x, *args, method=method), compiler_options=cases.FAST)
+  run = jax.jit(lambda p, x: TDVAE(cfg).apply({"params": p}, x, *args, method=method))
   return np.asarray(run(params, value))
 
 
@@ -52,7 +52,7 @@ def _pyramid(x, levels):
 
 
 class ShapeTest(parameterized.TestCase):
-  @parameterized.parameters((8, 32, 48), (16, 32, 48), (8, 37, 50), (16, 37, 50), (16, 1, 1))
+  @parameterized.parameters((8, 32, 48), (16, 37, 50), (16, 1, 1))
   def test_any_size(self, factor, height, width):
     cfg, image = SMALL[factor], _image(height, width)
     params = _params(cfg)
@@ -67,14 +67,13 @@ class ShapeTest(parameterized.TestCase):
     np.testing.assert_allclose(_call(cfg, params, z, "decode", (height, width)), whole[:, :height, :width], atol=1e-5)
     self.assertEqual(_call(cfg, params, image, None).shape, image.shape)
 
-  @parameterized.parameters(8, 16)
-  def test_every_parameter_gets_a_gradient(self, factor):
-    cfg, image = SMALL[factor], _image(32, 32, batch=1)
+  def test_every_parameter_gets_a_gradient(self):
+    cfg, image = SMALL[16], _image(32, 32, batch=1)
 
     def loss(params):
       return jnp.square(TDVAE(cfg).apply({"params": params}, image) - image).mean()
 
-    grads = jax.jit(jax.grad(loss), compiler_options=cases.FAST)(_params(cfg))
+    grads = jax.jit(jax.grad(loss))(_params(cfg))
     for path, grad in jax.tree_util.tree_flatten_with_path(grads)[0]:
       self.assertTrue(np.isfinite(grad).all() and np.any(grad), jax.tree_util.keystr(path))
 
