@@ -51,7 +51,7 @@ class Route:
       )
     if not all(0.0 <= s < 1.0 for s in self.sparsity):
       raise ValueError(f"Route.sparsity of {self.name!r}: expected values in [0, 1), got {self.sparsity}")
-    if isinstance(self.vae, bool) or self.vae not in VAE_FACTORS:
+    if type(self.vae) is not int or self.vae not in VAE_FACTORS:
       raise ValueError(f"Route.vae of {self.name!r}: expected one of {VAE_FACTORS}, got {self.vae!r}")
 
   @property
