@@ -66,13 +66,7 @@ class Checkpointer:
 
   def check_space(self, state: State) -> None:
     """Raises OSError where the disk has no room for a checkpoint of this state (arrays or shapes)."""
-    size = sum(x.size * x.dtype.itemsize for x in _flatten(state).values())
-    free = shutil.disk_usage(self._directory).free
-    if free < _SPACE_MARGIN * size:
-      raise OSError(
-        f"checkpoint: a step needs about {_SPACE_MARGIN * size / 1e6:.0f} MB in {self._directory}, where"
-        f" {free / 1e6:.0f} MB are free; make room or choose another --workdir (last checkpoint: {self._last()})"
-      )
+    check_space(self._directory, state, self._last())
 
   def save(self, step: int, state: State, meta: Mapping[str, Any]) -> None:
     """Starts saving; returns once the arrays may change. A step already on disk is left as it is.
@@ -171,6 +165,30 @@ class Checkpointer:
 
   def _last(self) -> str:
     return "none" if self.latest is None else f"step {self.latest}"
+
+
+def check_space(directory: str | os.PathLike, state: State, last: str = "") -> None:
+  """Whether a checkpoint fits; creates nothing.
+
+  Args:
+    directory: where it would go; may be missing.
+    state: arrays or shapes.
+    last: the last checkpoint, for the message; "" where that is not known yet.
+
+  Raises:
+    OSError: where the disk of `directory` has no room.
+  """
+  there = os.path.abspath(directory)
+  while not os.path.exists(there):
+    there = os.path.dirname(there)
+  size = sum(x.size * x.dtype.itemsize for x in _flatten(state).values())
+  free = shutil.disk_usage(there).free
+  if free < _SPACE_MARGIN * size:
+    raise OSError(
+      f"checkpoint: a step needs about {_SPACE_MARGIN * size / 1e6:.0f} MB in {os.fspath(directory)}, where"
+      f" {free / 1e6:.0f} MB are free; make room or choose another --workdir"
+      + (f" (last checkpoint: {last})" if last else "")
+    )
 
 
 class _Preserve:

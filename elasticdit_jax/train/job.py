@@ -18,6 +18,7 @@ from elasticdit_jax.evals import validation as validation_lib
 from elasticdit_jax.interop import model_dir, weights
 from elasticdit_jax.models import dit
 from elasticdit_jax.models.codec import Codec
+from elasticdit_jax.train.ranges import check_ranges
 from elasticdit_jax.train.step import FlowConfig
 from elasticdit_jax.types import Batch, Text
 
@@ -91,6 +92,9 @@ def prepare(config: Any, workdir: str) -> Job:
   Raises:
     ValueError: naming the field of the config that does not fit.
   """
+  if jax.process_count() > 1:
+    raise ValueError(f"this version trains in one process, here are {jax.process_count()}; start it on one host alone")
+  check_ranges(config)
   if config.model.size not in dit.SIZES:
     raise ValueError(f"config.model.size: expected one of {', '.join(dit.SIZES)}, got {config.model.size!r}")
   cfg = dataclasses.replace(

@@ -25,13 +25,14 @@ from elasticdit_jax.models import dit
 from elasticdit_jax.train import importance as importance_lib
 from elasticdit_jax.train import job as job_lib
 from elasticdit_jax.train import loop, optim, phases, state, step
-from elasticdit_jax.train.checkpoint import Checkpointer
+from elasticdit_jax.train.checkpoint import Checkpointer, check_space
 from elasticdit_jax.train.snapshot import Snapshots
 from elasticdit_jax.train.workdir import check_workdir, claim_workdir
 from elasticdit_jax.train.writer import Writer
 
-# May differ between two starts of one run.
-NEUTRAL = ("train.log_every", "train.save_every", "report")
+# May differ between two starts of one run. The other fields of `report` say what a snapshot measures, and the snapshots
+# of a run are compared.
+NEUTRAL = ("train.log_every", "train.save_every", "report.per_task")
 
 
 def run(config: Any, workdir: str) -> None:
@@ -70,6 +71,7 @@ class Run:
     tx = optim.make(config.optimizer, dit.init_shapes(job.cfg), schedule)
     current = state.create(job_lib.initial_params(job), tx, config.seed)
     update = step.make_step(job.cfg, job.flow, tx, ema_decay=config.train.ema_decay, distill=config.train.distill)
+    check_space(job.workdir, current)
     claim_workdir(job.workdir, config, NEUTRAL)
     ends = {p.stop for p in self.table}
     with Checkpointer(job.workdir, keep=config.train.keep, keep_steps=ends) as checkpoint:

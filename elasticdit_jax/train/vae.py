@@ -23,11 +23,14 @@ from elasticdit_jax.interop import model_dir
 from elasticdit_jax.models import codec as codec_lib
 from elasticdit_jax.models import tdvae
 from elasticdit_jax.train import loop, optim, state
-from elasticdit_jax.train.checkpoint import Checkpointer
-from elasticdit_jax.train.workdir import claim_workdir
+from elasticdit_jax.train.checkpoint import Checkpointer, check_space
+from elasticdit_jax.train.ranges import check_ranges
+from elasticdit_jax.train.workdir import check_workdir, claim_workdir
 from elasticdit_jax.train.writer import Writer
 from elasticdit_jax.types import Batch, to_float
 
+# May differ between two starts of one run.
+NEUTRAL = ("train.log_every", "train.save_every")
 _STATISTICS_BATCHES = 16
 
 
@@ -85,13 +88,14 @@ def run(config: Any, workdir: str) -> None:
   """Trains (or resumes) in `workdir` and writes the weight file.
 
   Raises:
-    ValueError: for a config or a workdir that does not fit.
+    ValueError: for a config or a workdir that does not fit; nothing has been written then.
   """
+  check_workdir(workdir, config, NEUTRAL)
+  check_ranges(config)
   cfg = tdvae.NANO.get(config.factor)
   if cfg is None:
     raise ValueError(f"config.factor: expected 8 or 16, got {config.factor}")
   source, validation, encoder = pipeline.source_from_config(config.data)
-  claim_workdir(workdir, config, neutral=("train.log_every", "train.save_every"))
   tx = optim.make(config.optimizer, tdvae.init_shapes(cfg), optim.schedule(config.optimizer, config.train.steps))
   current = state.create(tdvae.init(cfg, jax.random.key(config.seed)), tx, config.seed)
   step = make_step(cfg, tx, config.loss, config.train.ema_decay)
@@ -103,6 +107,8 @@ def run(config: Any, workdir: str) -> None:
     resume_command=f"the same command with --workdir={workdir}",
     phase=lambda _: f"vae f{config.factor}",
   )
+  check_space(workdir, current)
+  claim_workdir(workdir, config, NEUTRAL)
   with Checkpointer(workdir) as checkpoint:
     restored = checkpoint.restore_latest(current)
     start = 0

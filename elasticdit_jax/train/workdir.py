@@ -17,8 +17,10 @@ def check_workdir(workdir: str | os.PathLike, config: Any, neutral: Collection[s
     neutral: dotted names (of leaves or of whole sub-configs) that may change between runs: "train.log_every".
 
   Raises:
-    ValueError: naming the fields that differ, the old and the new values, and the remedy.
+    ValueError: naming the fields that differ, the old and the new values, and the remedy; or for a file.
   """
+  if os.path.exists(workdir) and not os.path.isdir(workdir):
+    raise ValueError(f"workdir: {os.fspath(workdir)} is a file; choose another --workdir")
   path = os.path.join(workdir, "config.json")
   if not os.path.exists(path):
     return

@@ -9,7 +9,7 @@ from absl.testing import absltest
 from elasticdit_jax import elastic
 from elasticdit_jax.generate import Pipeline
 from elasticdit_jax.interop import weights
-from elasticdit_jax.train import step, uwco
+from elasticdit_jax.train import job, step, uwco, workdir
 from tests.train import small
 
 
@@ -79,6 +79,8 @@ class UwcoTest(absltest.TestCase):
       "unknown route 'max-f9'": lambda c: c.phases.warmup.update({"routes": "max-f9"}),
       "config.init: no dit.safetensors": lambda c: c.update({"init": "/nowhere"}),
       "lite.skip": lambda c: c.lite.update({"skip": 2}),
+      "config.report.steps: expected at least 1 step, got 0": lambda c: c.report.update({"steps": 0}),
+      "config.optimizer.learning_rate": lambda c: c.optimizer.update({"learning_rate": -1.0}),
     }
     for message, spoil in cases.items():
       with self.subTest(message):
@@ -87,6 +89,34 @@ class UwcoTest(absltest.TestCase):
         with self.assertRaisesRegex(ValueError, message):
           uwco.run(config.lock(), str(self.workdir))
         self.assertFalse(self.workdir.exists())
+
+  def test_a_full_disk_is_answered_before_anything_is_written(self):
+    with mock.patch("shutil.disk_usage", return_value=mock.Mock(free=10)):
+      with self.assertRaisesRegex(OSError, "make room or choose another --workdir$"):
+        uwco.run(self.config, str(self.workdir))
+    self.assertFalse(self.workdir.exists())
+
+  def test_several_processes_are_refused_instead_of_training_apart(self):
+    with mock.patch.object(job.jax, "process_count", return_value=4):
+      with self.assertRaisesRegex(ValueError, "one process, here are 4"):
+        uwco.run(self.config, str(self.workdir))
+    self.assertFalse(self.workdir.exists())
+
+  def test_what_snapshots_measure_cannot_change_within_a_run(self):
+    workdir.claim_workdir(self.workdir, self.config)
+    for field, value, good in (
+      ("per_task", 7, True),
+      ("pictures", 3, False),
+      ("steps", 9, False),
+      ("guidance", 1.0, False),
+    ):
+      config = self.config.copy_and_resolve_references().unlock()
+      config.report[field] = value
+      if good:
+        workdir.check_workdir(self.workdir, config, uwco.NEUTRAL)
+      else:
+        with self.assertRaisesRegex(ValueError, f"report.{field}: .* -> {value}"):
+          uwco.run(config.lock(), str(self.workdir))
 
 
 if __name__ == "__main__":

@@ -50,6 +50,12 @@ class WorkdirTest(absltest.TestCase):
     with self.assertRaisesRegex(ValueError, "train.log_every: 9 -> 7"):
       workdir.check_workdir(self.path, _config(log_every=7, steps=3), neutral=("train.log", "train.steps"))
 
+  def test_a_file_is_no_workdir(self):
+    with open(self.path, "w") as f:
+      f.write("mine")
+    with self.assertRaisesRegex(ValueError, "run is a file; choose another --workdir"):
+      workdir.check_workdir(self.path, _config())
+
   def test_a_damaged_file_is_named(self):
     os.makedirs(self.path)
     with open(f"{self.path}/config.json", "w") as f:

@@ -1,0 +1,47 @@
+"""Ranges of config values, checked before a run writes anything: a bad one would only fail in the middle of it."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+
+def _at_least(least: float) -> Callable[[float], bool]:
+  return lambda x: least <= x < math.inf
+
+
+# Field of a training config -> what it must satisfy, in code and in words.
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+  "data.batch_size": (_at_least(1), "at least 1 picture"),
+  "data.caption_dropout": (lambda x: 0 <= x <= 1, "a share in [0, 1]"),
+  "flow.mean": (math.isfinite, "a finite number"),
+  "flow.std": (lambda x: 0 < x < math.inf, "a positive number"),
+  "flow.shift": (lambda x: 0 < x < math.inf, "a positive number"),
+  "flow.tokens": (_at_least(1), "at least 1 token"),
+  "loss.l1": (_at_least(0), "zero or a positive number"),
+  "loss.noise": (_at_least(0), "zero or a positive number"),
+  "loss.energy": (_at_least(0), "zero or a positive number"),
+  "report.per_task": (_at_least(0), "a number of prompts, or 0 for no scores"),
+  "report.steps": (_at_least(1), "at least 1 step"),
+  "report.guidance": (math.isfinite, "a finite number; 1 switches guidance off"),
+  "report.pictures": (_at_least(1), "at least 1 picture"),
+  "train.steps": (_at_least(1), "at least 1 step"),
+  "train.ema_decay": (lambda x: 0 <= x < 1, "a share in [0, 1)"),
+  "train.distill": (_at_least(0), "a weight, or 0 for no distillation"),
+  "train.log_every": (_at_least(1), "at least 1 step"),
+  "train.save_every": (_at_least(1), "at least 1 step"),
+  "train.keep": (_at_least(1), "at least 1 checkpoint"),
+  "train.validation_batches": (_at_least(1), "at least 1 batch"),
+}
+
+
+def check_ranges(config: Any) -> None:
+  """Checks the fields of a training config; those it does not have are passed over.
+
+  Raises:
+    ValueError: naming the first field outside its range, what it got and what it expected.
+  """
+  for field, (good, expected) in _RANGES.items():
+    section, name = field.split(".")
+    value = config.get(section, {}).get(name)
+    if value is not None and not good(value):
+      raise ValueError(f"config.{field}: expected {expected}, got {value!r}")
