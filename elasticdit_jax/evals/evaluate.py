@@ -26,7 +26,7 @@ def run(config: Any, workdir: str) -> None:
   Raises:
     ValueError: in one line; nothing has been written then.
   """
-  _check(config)
+  _check(config, workdir)
   pipeline = Pipeline.load(config.checkpoint or None)
   names = parse_routes(config.routes, pipeline)
   sampling = {"steps": config.steps, "guidance": config.guidance, "solver": config.solver}
@@ -56,7 +56,9 @@ def run(config: Any, workdir: str) -> None:
   logging.info("done: open %s", os.path.join(workdir, "report.md"))
 
 
-def _check(config: Any) -> None:
+def _check(config: Any, workdir: str) -> None:
+  if os.path.exists(os.path.join(workdir, "config.json")):
+    raise ValueError(f"workdir: {workdir} holds a training run, whose report would be lost; choose another --workdir")
   for field, least in (("per_task", 0), ("pictures", 1), ("validation", 1), ("repeats", 1)):
     if config[field] < least:
       raise ValueError(f"config.{field}: expected at least {least}, got {config[field]}")

@@ -91,6 +91,16 @@ class EvaluateTest(parameterized.TestCase):
       evaluate.run(self._config(**changes), self.workdir)
     self.assertFalse(os.path.exists(self.workdir))
 
+  def test_the_workdir_of_a_training_run_is_left_alone(self):
+    run = f"{self.directory}/run"
+    with open(f"{run}/config.json", "w") as f:
+      f.write("{}")
+    with self.assertRaisesRegex(
+      ValueError, "holds a training run, whose report would be lost; choose another --workdir"
+    ):
+      evaluate.run(self._config(), run)
+    self.assertEqual(sorted(os.listdir(run)), ["config.json", "model"])
+
   def test_model_of_other_pictures_names_the_remedy(self):
     with self.assertRaisesRegex(ValueError, "--config.data.source=folder --config.data.path=DIR"):
       evaluate.run(self._config(checkpoint=f"{self.directory}/pets"), self.workdir)
