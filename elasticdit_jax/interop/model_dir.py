@@ -1,8 +1,8 @@
 """A model directory: everything that turns prompts into images, as safetensors and JSON.
 
-    model.json         sizes, text encoder, flow shift, VAE statistics, where it came from
+    model.json         sizes, text encoder, flow shift, where it came from
     dit.safetensors    the one shared weight set (EMA)
-    vae_f8.safetensors, vae_f16.safetensors
+    vae_f8.safetensors, vae_f16.safetensors   with the statistics of their latents
     routes.json        the ways through it
 
 A training run keeps one as WORKDIR/model; the package ships one for its embedded default.

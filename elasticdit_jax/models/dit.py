@@ -217,7 +217,7 @@ class ElasticDiT(nn.Module):
     if self.cfg.remat == "none":
       return Block
     policy = None if self.cfg.remat == "full" else getattr(jax.checkpoint_policies, self.cfg.remat)
-    # Tables and sparsity are static; argument 0 is the module itself.
+    # Sparsity is static; argument 0 is the module itself.
     return nn.remat(Block, policy=policy, static_argnums=(6,))
 
   def _check(self, x: jax.Array, text: Text, route: Route) -> None:
