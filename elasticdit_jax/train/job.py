@@ -153,4 +153,7 @@ def check_routes(names: set[str], routes: Mapping[str, Route], codecs: Mapping[i
   for name in sorted(names):
     route = elastic.select_route(routes, name)
     if route.vae not in codecs:
-      raise ValueError(f"route {name!r} needs vae_f{route.vae}.safetensors, which config.vae does not have")
+      raise ValueError(
+        f"route {name!r} needs vae_f{route.vae}.safetensors, which config.vae does not have; train it with"
+        f" configs/vae.py:factor={route.vae}, or name routes of the other VAE in config.phases"
+      )

@@ -84,6 +84,7 @@ def run(
     FloatingPointError: naming the metric and the step that turned NaN or infinite; nothing is saved over.
     KeyboardInterrupt: after Ctrl-C, once the step is finished and saved.
     SystemExit: with code 0, after SIGTERM, likewise.
+    Exception: what `make_batches` and its batches raise, once the steps before are saved.
     OSError: where the disk has no room for a checkpoint at the start or at the end; one between is tried again later.
   """
   hooks = hooks or {}
@@ -104,7 +105,14 @@ def run(
         progress.restart_clock()
       if step == settings.stop:
         break
-      state, metrics = step_fn(state, progress.fetch(batches), step)
+      try:
+        batch = progress.fetch(batches)
+      except Exception:  # no more data: a folder may turn out to be broken after days
+        if step > start:
+          progress.save(step, state, wait=True)
+          progress.say_how_to_resume(step)
+        raise
+      state, metrics = step_fn(state, batch, step)
       progress.after(step + 1, state, metrics)
       if signals.received:
         progress.save(step + 1, state, required=True)

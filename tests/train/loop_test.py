@@ -112,6 +112,21 @@ class LoopTest(parameterized.TestCase):
     self.assertEqual(meta["data_step"], 5)
     self.assertEqual(_bytes(state), _bytes(self.straight))
 
+  def test_data_that_gives_up_loses_no_step(self):
+    original = make_batches
+
+    def batches(start):
+      yield from itertools.islice(original(start), 8)
+      raise ValueError("data.path: 3 of 20 pictures are broken")
+
+    with mock.patch.dict(globals(), make_batches=batches), self.assertLogs(level="WARNING") as logs:
+      with self.assertRaisesRegex(ValueError, "3 of 20 pictures"):
+        start_or_resume(self.workdir)
+    self.assertIn("stopped at step 8, step 8 is saved", logs.output[-1])
+    state, meta = start_or_resume(self.workdir)
+    self.assertEqual(meta["data_step"], 8)
+    self.assertEqual(_bytes(state), _bytes(self.straight))
+
   def test_a_killed_process_resumes_bit_exactly(self):
     code = (
       "import sys; from tests.train import loop_test as t;"
