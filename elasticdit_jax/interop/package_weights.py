@@ -8,6 +8,7 @@ With VAEs alone the directory serves `config.vae`; with a backbone as well it is
 
 import dataclasses
 import os
+import sys
 from collections.abc import Sequence
 
 from absl import app, flags, logging
@@ -49,8 +50,8 @@ def _main(argv: Sequence[str]) -> None:
     raise app.UsageError(f"unexpected argument {argv[1]!r}")
   try:
     size = package(FLAGS.out, FLAGS.vae, FLAGS.model, FLAGS.dtype)
-  except ValueError as e:
-    raise app.UsageError(str(e)) from None
+  except (ValueError, OSError) as e:
+    sys.exit(f"error: {e}")
   logging.info("%s: %.2f MiB", FLAGS.out, size / 2**20)
 
 
