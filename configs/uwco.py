@@ -26,16 +26,20 @@ def get_config(arg: str = "") -> ConfigDict:
   config.phases = ConfigDict(
     {
       "init": {"steps": 0, "routes": "max-f8,max-f16"},
-      "warmup": {"steps": 300, "routes": "max-f8+lite-f8,max-f16+lite-f16"},
-      "specialise": {"steps": 300, "routes": "lite-f8,lite-f16"},
-      "recover": {"steps": 400, "routes": "max-f8+lite-f8,max-f16+lite-f16"},
+      "warmup": {"steps": 250, "routes": "max-f8+lite-f8,max-f16+lite-f16"},
+      "specialise": {"steps": 500, "routes": "lite-f8,lite-f16"},
+      "recover": {"steps": 650, "routes": "max-f8+lite-f8,max-f16+lite-f16"},
     }
   )
   config.optimizer.learning_rate = 1e-3
+  # Hundreds of steps, not thousands: a longer average would still hold the weights of the phase before.
+  config.train.ema_decay = 0.99
+  config.train.distill = 1.0
   if args.scratch:
     config.init = ""
     config.phases.init.steps = 3200
     config.optimizer.learning_rate = 3e-3
+    config.train.ema_decay = 0.995
   if args.paper:
     _paper(config)
   if args.debug:
@@ -55,4 +59,4 @@ def _paper(config: ConfigDict) -> None:
   for phase, steps in (("init", 500_000), ("warmup", 20_000), ("specialise", 20_000), ("recover", 20_000)):
     config.phases[phase].steps = steps
   config.optimizer.update({"learning_rate": 2e-4, "warmup_steps": 2000, "decay_fraction": 0.1})
-  config.train.update({"ema_decay": 0.9999, "log_every": 100, "save_every": 2000, "validation_batches": 1})
+  config.train.update({"ema_decay": 0.9999, "distill": 0.0, "log_every": 100, "save_every": 2000, "validation_batches": 1})
