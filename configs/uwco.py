@@ -59,4 +59,6 @@ def _paper(config: ConfigDict) -> None:
   for phase, steps in (("init", 500_000), ("warmup", 20_000), ("specialise", 20_000), ("recover", 20_000)):
     config.phases[phase].steps = steps
   config.optimizer.update({"learning_rate": 2e-4, "warmup_steps": 2000, "decay_fraction": 0.1})
-  config.train.update({"ema_decay": 0.9999, "distill": 0.0, "log_every": 100, "save_every": 2000, "validation_batches": 1})
+  config.train.update(
+    {"ema_decay": 0.9999, "distill": 0.0, "log_every": 100, "save_every": 2000, "validation_batches": 1}
+  )
