@@ -185,12 +185,14 @@ class SourceFromConfigTest(parameterized.TestCase):
       "text_length": 8,
       "text_dim": 16,
       "max_words": 30,
+      "split": "train",
     }
     return types.SimpleNamespace(**{**fields, **changes})
 
   def test_scenes(self):
     train, validation, encoder = pipeline.source_from_config(self.config())
     self.assertEqual(encoder.words, tuple(scenes.VOCABULARY))
+    self.assertEqual([train.split, validation.split], ["train", "train"])
     (one,) = pipeline.validation_batch(train, encoder, 4, 1)
     (two,) = pipeline.validation_batch(validation, encoder, 4, 1)
     self.assertFalse(np.array_equal(one.image, two.image))
