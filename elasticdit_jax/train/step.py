@@ -118,7 +118,7 @@ def make_step(
     frozen = frozen_mask(state.params, trainable)
     params, opt_state = optim.frozen_update(tx, grads, state.opt_state, state.params, frozen)
     ema = optim.ema_update(state.ema, params, state.step, ema_decay)
-    metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), **metrics}
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
     return TrainState(state.step + 1, params, opt_state, ema, state.key), metrics
 
   return jax.jit(update, static_argnames=("group", "trainable"), donate_argnums=0)

@@ -61,7 +61,7 @@ def make_step(
     updates, opt_state = tx.update(grads, current.opt_state, current.params)
     params = optax.apply_updates(current.params, updates)
     ema = optim.ema_update(current.ema, params, current.step, ema_decay)
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     return state.TrainState(current.step + 1, params, opt_state, ema, current.key), metrics
 
   return jax.jit(update, donate_argnums=0)
