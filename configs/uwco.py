@@ -5,8 +5,9 @@
 Starts from the flex-max weights inside the package, so phase 1 is done: importance analysis, hybrid warm-up, flex-lite
 specialisation, unified recovery, report. Open runs/uwco/report.md and runs/uwco/images.
 
-Takes 10 minutes and 2.5 GB on two idle CPU cores. Strict score to expect, seen / unseen combinations, +- 4: max-f8 66 / 38,
-lite-f8 50 / 18, max-f16 57 / 41, lite-f16 52 / 32; before phase 2 lite-f8 stands at 19 / 12 and lite-f16 at 49 / 25.
+Takes 10 minutes and 2.5 GB on two idle CPU cores. Strict score to expect, seen / unseen combinations, +- 4: max-f8
+66 / 38, lite-f8 50 / 18, max-f16 57 / 41, lite-f16 52 / 32; before phase 2 lite-f8 stands at 19 / 12 and lite-f16
+at 49 / 25.
 
     :debug     64 pixels, a few steps of every phase, about 90 s with compilation
     :scratch   phase 1 from random weights as well; about 25 minutes by its number of steps, not measured yet

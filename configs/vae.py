@@ -4,7 +4,8 @@
     python -m elasticdit_jax.main --config=configs/vae.py:factor=16 --workdir=runs/vae-f16
 
 These two commands made the VAEs inside the package; each takes 14 minutes on one CPU core, and they may run side by
-side. PSNR to expect on new scenes: 40 dB (f8), 38 dB (f16); the detector reads every picture as before. The result is WORKDIR/vae_f8.safetensors or vae_f16.safetensors.
+side. PSNR to expect on new scenes: 40 dB (f8), 38 dB (f16); the detector reads every picture as before. The result
+is WORKDIR/vae_f8.safetensors or vae_f16.safetensors.
 """
 
 from ml_collections import ConfigDict
