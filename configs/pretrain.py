@@ -22,7 +22,9 @@ def get_config(arg: str = "") -> ConfigDict:
   config = common.tiny_elastic(batch_size=32)
   config.task = "pretrain"
   config.init = ""
-  config.phases = ConfigDict({"init": {"steps": 12_000, "routes": "max-f8,max-f16"}})
+  config.phases = ConfigDict(
+    {"coarse": {"steps": 10_000, "routes": "max-f16"}, "init": {"steps": 10_000, "routes": "max-f8,max-f16"}}
+  )
   if args.debug:
     common.shrink(config)
   return config.lock()

@@ -29,6 +29,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.init = "shipped"
   config.phases = ConfigDict(
     {
+      "coarse": {"steps": 0, "routes": "max-f16"},
       "init": {"steps": 0, "routes": "max-f8,max-f16"},
       "warmup": {"steps": 250, "routes": "max-f8+lite-f8,max-f16+lite-f16"},
       "specialise": {"steps": 500, "routes": "lite-f8,lite-f16"},

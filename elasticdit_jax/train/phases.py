@@ -1,10 +1,14 @@
 """The phases of Unified Weight Co-Optimization as a table (ElasticDiT section 2.1.3, Figure 4).
 
   phase        routes trained                       parameters that move
+  coarse       max, short token grids               all
   init         max                                  all
   warmup       max and lite on identical batches    all
   specialise   lite                                 those lite reads; skipped blocks are bit-frozen
   recover      max and lite                         all
+
+Phases init to recover are the paper's 1 to 4. Before them, `coarse` learns what pictures hold at the price of the f16
+grid, a quarter of the tokens, as backbones learn at a low resolution first (PixArt-alpha, arXiv 2310.00426).
 
 A phase lists groups of routes: "max-f8+lite-f8,max-f16+lite-f16". Commas separate groups, which take turns step by
 step; "+" joins the routes of one group, which share a batch, its times and its noise, and one update. Name a group
@@ -18,7 +22,8 @@ from typing import Any
 
 from elasticdit_jax.elastic import Route, select_route
 
-NAMES = ("init", "warmup", "specialise", "recover")
+NAMES = ("coarse", "init", "warmup", "specialise", "recover")
+FULL = ("coarse", "init")  # those that train the full backbone alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Phase:
 
   @property
   def label(self) -> str:
-    return f"{NAMES.index(self.name) + 1}-{self.name}"
+    return f"{NAMES.index(self.name)}-{self.name}"
 
   def group_at(self, step: int, routes: Mapping[str, Route]) -> tuple[Route, ...]:
     """The routes trained at a step."""

@@ -8,7 +8,7 @@
             importance analysis,     snapshot                   snapshot              snapshot, model/,
             routes.json, snapshot                                                     report, pictures
 
-Phases are data (`train/phases.py`); there is one step function (`train/step.py`). A snapshot evaluates all four routes
+Phases are data (`train/phases.py`, where a cheap 0-coarse may come first); there is one step function (`train/step.py`). A snapshot evaluates all four routes
 with the EMA weights and is kept in WORKDIR/snapshots, so that an interrupted run still ends with the whole curve.
 """
 
@@ -59,7 +59,7 @@ class Run:
     self.stop = table[-1].stop
     self.routes = elastic.standard_routes(job.cfg.depth)
     self._routes_path = os.path.join(job.workdir, "routes.json")
-    self._analysis_step = table[0].stop if table[0].name == "init" else 0
+    self._analysis_step = max((p.stop for p in table if p.name in phases.FULL), default=0)
     importance_lib.check_skip(job.cfg.depth, job.config.lite.skip)
     names = {name for p in table for group in p.groups for name in group}
     job_lib.check_routes(names, self.routes, job.codecs)

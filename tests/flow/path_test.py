@@ -66,6 +66,17 @@ class PathTest(parameterized.TestCase):
     np.testing.assert_allclose(jnp.mean(logit), mean + np.log(shift), atol=0.01)
     np.testing.assert_allclose(jnp.std(logit), std, rtol=0.01)
 
+  def test_times_of_a_batch_are_stratified_and_each_has_the_full_law(self):
+    keys = jax.random.split(jax.random.key(2), 4000)
+    t = jax.vmap(lambda key: path.sample_t(key, (8,), shift=3.0))(keys)
+    # One time in each eighth of the law, whatever the offset.
+    edges = path.shift_t(jax.nn.sigmoid(jax.scipy.special.ndtri(jnp.arange(1, 8) / 8)), 3.0)
+    np.testing.assert_array_equal(jnp.sort(jnp.searchsorted(edges, t), axis=1), np.tile(np.arange(8), (4000, 1)))
+    for row in range(8):
+      logit = jnp.log(t[:, row]) - jnp.log1p(-t[:, row])
+      np.testing.assert_allclose(jnp.mean(logit), np.log(3.0), atol=0.06)
+      np.testing.assert_allclose(jnp.std(logit), 1.0, atol=0.05)
+
   def test_bins(self):
     np.testing.assert_allclose(path.bin_centers(4), [0.125, 0.375, 0.625, 0.875])
     t = jnp.array([0.0, 0.1, 0.5, 1.0])

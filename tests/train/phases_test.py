@@ -7,14 +7,15 @@ from elasticdit_jax import elastic
 from elasticdit_jax.train import phases
 
 
-def table(init=2, warmup=4, specialise=3, recover=2):
+def table(init=2, warmup=4, specialise=3, recover=2, coarse=0):
   routes = {
+    "coarse": "max-f16",
     "init": "max-f8,max-f16",
     "warmup": "max-f8+lite-f8,max-f16+lite-f16",
     "specialise": "lite-f8,lite-f16",
     "recover": "max-f8+lite-f8",
   }
-  steps = {"init": init, "warmup": warmup, "specialise": specialise, "recover": recover}
+  steps = {"coarse": coarse, "init": init, "warmup": warmup, "specialise": specialise, "recover": recover}
   return phases.make_table(ConfigDict({n: {"steps": steps[n], "routes": routes[n]} for n in phases.NAMES}))
 
 
@@ -27,6 +28,7 @@ class PhasesTest(parameterized.TestCase):
     rows = table(init=0)
     self.assertEqual([p.label for p in rows], ["2-warmup", "3-specialise", "4-recover"])
     self.assertEqual(rows[0].start, 0)
+    self.assertEqual([(p.label, p.start) for p in table(coarse=5)[:2]], [("0-coarse", 0), ("1-init", 5)])
 
   @parameterized.parameters((0, "init"), (1, "init"), (2, "warmup"), (8, "specialise"), (9, "recover"), (11, "recover"))
   def test_phase_at(self, step, name):

@@ -15,6 +15,14 @@ from tests.train import small
 _LITE = elastic.standard_routes(3, (1,))
 
 
+def setUpModule():
+  jax.config.update("jax_disable_most_optimizations", True)  # compilation is most of the time here
+
+
+def tearDownModule():
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
 def _leaves(tree, part):
   """Leaves whose path names `part`."""
   flat = jax.tree_util.tree_flatten_with_path(tree)[0]

@@ -3,6 +3,7 @@
 import json
 from unittest import mock
 
+import jax
 import numpy as np
 from absl.testing import absltest
 
@@ -11,6 +12,14 @@ from elasticdit_jax.generate import Pipeline
 from elasticdit_jax.interop import weights
 from elasticdit_jax.train import job, step, uwco, workdir
 from tests.train import small
+
+
+def setUpModule():
+  jax.config.update("jax_disable_most_optimizations", True)  # compilation is most of the time here
+
+
+def tearDownModule():
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 class _KilledError(Exception):
