@@ -1,5 +1,5 @@
-"""Task `pretrain`: flow matching of the full backbone, phases coarse and init alone. Supervised fine-tuning is the same task
-with `init` set to a model and `data` to the curated pictures (ElasticDiT section 3.2).
+"""Task `pretrain`: flow matching of the full backbone, phases coarse and init alone. Supervised fine-tuning is the same
+task with `init` set to a model and `data` to the curated pictures (ElasticDiT section 3.2).
 """
 
 from typing import Any
