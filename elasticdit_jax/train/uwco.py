@@ -9,8 +9,8 @@
             routes.json, snapshot                                                     report, pictures
 
 Phases are data (`train/phases.py`, where a cheap 0-coarse may come first); there is one step function
-(`train/step.py`). A snapshot evaluates all four routes with the EMA weights and is kept in WORKDIR/snapshots, so that an
-interrupted run still ends with the whole curve.
+(`train/step.py`). A snapshot evaluates all four routes with the EMA weights and is kept in WORKDIR/snapshots, so that
+an interrupted run still ends with the whole curve.
 """
 
 import os
