@@ -22,25 +22,61 @@ class Sparsity(NamedTuple):
     grid: (rows, columns) of image tokens.
     block_side: tokens along one side of a block.
     layer: index in the full backbone; its parity decides the window shift: a block keeps its partition on every route.
+    per_head, force_self: see ops.gating.select_blocks.
   """
 
   ratio: float
   grid: tuple[int, int]
   block_side: int
   layer: int
+  per_head: bool = False
+  force_self: bool = False
+
+  @property
+  def cut(self) -> blocks.BlockGrid:
+    """The partition of the image tokens."""
+    return blocks.BlockGrid(*self.grid, self.block_side, blocks.window_offset(self.layer, self.block_side))
+
+  @property
+  def dense(self) -> bool:
+    """Whether no whole block is dropped, so that lists would hold every block."""
+    return gating.num_kept(self.cut.num_blocks, self.ratio) == self.cut.num_blocks
 
 
-class QKV(nn.Module):
-  """Queries, keys and values of one stream, queries and keys RMS-normalised per head."""
+class Projection(nn.Module):
+  """nn.Dense with all of its parameters, of which the first `skipped` outputs are not computed."""
 
-  head_dim: int
+  features: int
+  skipped: int
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    qkv = nn.Dense(3 * x.shape[-1], dtype=self.dtype, name="qkv")(x)
-    q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, -1, self.head_dim), 2, 0)
-    return RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(k), v
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+    bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x, kernel, bias))
+    return x @ kernel[:, self.skipped :] + bias[self.skipped :]
+
+
+class QKV(nn.Module):
+  """Queries, keys and values of one stream, queries and keys RMS-normalised per head.
+
+  Attributes:
+    head_dim, dtype: of the result.
+    queries: False where nobody reads them: they are None then. Parameters do not depend on it.
+  """
+
+  head_dim: int
+  dtype: jnp.dtype
+  queries: bool = True
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+    width = x.shape[-1]
+    wanted = self.queries or self.is_initializing()
+    joint = Projection(3 * width, 0 if wanted else width, self.dtype, name="qkv")(x)
+    *q, k, v = jnp.moveaxis(joint.reshape(*x.shape[:2], -1, width // self.head_dim, self.head_dim), 2, 0)
+    return RMSNorm(name="q_norm")(q[0]) if wanted else None, RMSNorm(name="k_norm")(k), v
 
 
 class JointAttention(nn.Module):
@@ -48,10 +84,18 @@ class JointAttention(nn.Module):
 
   Call with image [B, T, C], text [B, L, C], text_mask bool [B, L], the rotary table of the image tokens and the
   static Sparsity of this layer; returns (image [B, T, C], text [B, L, C]).
+
+  For analysis only, `kept` (int [], traced) is the number of key blocks to keep in place of `sparsity.ratio`, by a
+  mask: one program for all counts.
+
+  Attributes:
+    head_dim, dtype: of queries, keys and values.
+    text_output: False where nobody reads the text: None is returned for it and its queries are not computed.
   """
 
   head_dim: int
   dtype: jnp.dtype
+  text_output: bool = True
 
   @nn.compact
   def __call__(
@@ -61,36 +105,58 @@ class JointAttention(nn.Module):
     text_mask: jax.Array,
     table: tuple[np.ndarray, np.ndarray],
     sparsity: Sparsity,
-  ) -> tuple[jax.Array, jax.Array]:
-    image_q, image_k, image_v = QKV(self.head_dim, self.dtype, name="image")(image)
-    text_q, text_k, text_v = QKV(self.head_dim, self.dtype, name="text")(text)
+    kept: jax.Array | None = None,
+  ) -> tuple[jax.Array, jax.Array | None]:
+    image_qkv = QKV(self.head_dim, self.dtype, name="image")(image)
+    text_qkv = QKV(self.head_dim, self.dtype, self.text_output, name="text")(text)
     # Original coordinates first; roll and pool come after (Algorithm 1).
-    image_q, image_k = rope.rotate(image_q, table), rope.rotate(image_k, table)
-    pairs = ((text_q, image_q), (text_k, image_k), (text_v, image_v))
-    if sparsity.ratio == 0:
-      q, k, v = (jnp.concatenate(pair, axis=1) for pair in pairs)
-      out = dense_attention(q, k, v, text.shape[1], text_mask)
+    image_qkv = (*(rope.rotate(x, table) for x in image_qkv[:2]), image_qkv[2])
+    if kept is None and not sparsity.dense:
+      out = _sparse(text_qkv, image_qkv, text_mask, sparsity)
     else:
-      out = _sparse(pairs, text_mask, sparsity)
+      image_mask = None if kept is None else _image_mask(*image_qkv[:2], sparsity, kept)
+      q, k, v = (b if a is None else jnp.concatenate([a, b], axis=1) for a, b in zip(text_qkv, image_qkv, strict=True))
+      text_queries = text_qkv[0] is not None
+      out = dense_attention(q, k, v, text.shape[1], text_mask, image_mask=image_mask, text_queries=text_queries)
     out = out.reshape(*out.shape[:2], -1)
-    return out[:, text.shape[1] :], out[:, : text.shape[1]]
+    text_rows = out.shape[1] - image.shape[1]
+    return out[:, text_rows:], out[:, :text_rows] if self.text_output else None
 
 
-def _sparse(pairs, text_mask: jax.Array, sparsity: Sparsity) -> jax.Array:
-  """Block-major order, selection, sparse attention, raster order; pairs are (text, image) of q, k and v."""
-  side = sparsity.block_side
-  cut = blocks.BlockGrid(*sparsity.grid, side, blocks.window_offset(sparsity.layer, side))
-  text_len = text_mask.shape[1]
-  q, k, v = (jnp.concatenate([text, blocks.to_blocks(image, cut)], axis=1) for text, image in pairs)
-  key_mask = jnp.asarray(cut.valid())[None] if any(cut.padding) else None
+def _sparse(text_qkv, image_qkv, text_mask: jax.Array, sparsity: Sparsity) -> jax.Array:
+  """Block-major order, selection, sparse attention, raster order: [B, L + T, heads, head_dim]."""
+  cut, text_len = sparsity.cut, text_mask.shape[1]
+  image_q, image_k, image_v = (blocks.to_blocks(x, cut) for x in image_qkv)
+  text_q, text_k, text_v = text_qkv
+  # Rows that nobody reads; the operation has none without.
+  text_q = jnp.zeros_like(text_k) if text_q is None else text_q
+  pairs = ((text_q, image_q), (text_k, image_k), (text_v, image_v))
+  q, k, v = (jnp.concatenate(pair, axis=1) for pair in pairs)
+  key_mask = _key_mask(cut)
   kept = gating.select_blocks(
-    blocks.pool(q[:, text_len:], cut.block_size, key_mask),
-    blocks.pool(k[:, text_len:], cut.block_size, key_mask),
+    *_pooled(image_q, image_k, cut),
     gating.num_kept(cut.num_blocks, sparsity.ratio),
+    per_head=sparsity.per_head,
+    force_self=sparsity.force_self,
   )
-  if key_mask is not None:
-    key_mask = jnp.broadcast_to(key_mask, (q.shape[0], key_mask.shape[1]))
   out = sparse_attention(
     q, k, v, kept, text_len=text_len, block_size=cut.block_size, text_mask=text_mask, key_mask=key_mask
   )
   return blocks.from_blocks(out, cut, text_len)
+
+
+def _image_mask(q: jax.Array, k: jax.Array, sparsity: Sparsity, kept: jax.Array) -> jax.Array:
+  """bool [B, heads or 1, T, T] in raster order: what `_sparse` would let image queries see with `kept` blocks."""
+  cut = sparsity.cut
+  pooled = _pooled(blocks.to_blocks(q, cut), blocks.to_blocks(k, cut), cut)
+  gate = gating.block_gate(*pooled, kept, per_head=sparsity.per_head, force_self=sparsity.force_self)
+  block = cut.block_of()
+  return gate[:, :, block][..., block]
+
+
+def _pooled(q: jax.Array, k: jax.Array, cut: blocks.BlockGrid) -> tuple[jax.Array, jax.Array]:
+  return tuple(blocks.pool(x, cut.block_size, _key_mask(cut)) for x in (q, k))
+
+
+def _key_mask(cut: blocks.BlockGrid) -> jax.Array | None:
+  return jnp.asarray(cut.valid())[None] if any(cut.padding) else None

@@ -42,6 +42,8 @@ class DiTConfig:
     text_pool: how the tokens join the timestep embedding: "mean" over present tokens, or "flatten" (order-aware,
       for short captions only, its size grows with text_length).
     block_side: tokens along one side of a sparse block: 8 in the paper; 2 where an image has an 8x8 token grid.
+    per_head: sparse layers select key blocks for every head; the paper's one list serves all heads.
+    force_self: in sparse layers, every block of queries keeps its own keys, within what it keeps.
     rope_theta: base of the rotary frequencies, in units of 16 pixels.
     remat: "none", "full", or the name of a jax.checkpoint_policies policy (see REMAT), applied to every block.
     dtype: compute dtype of the blocks; parameters are always float32.
@@ -58,6 +60,8 @@ class DiTConfig:
   text_length: int = 128
   text_pool: str = "mean"
   block_side: int = 8
+  per_head: bool = False
+  force_self: bool = False
   rope_theta: float = 1000.0
   remat: str = "none"
   dtype: str = "float32"
@@ -67,6 +71,9 @@ class DiTConfig:
       value = getattr(self, field)
       if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"DiTConfig.{field}: expected a positive int, got {value!r}")
+    for field in ("per_head", "force_self"):
+      if not isinstance(getattr(self, field), bool):
+        raise ValueError(f"DiTConfig.{field}: expected a bool, got {getattr(self, field)!r}")
     for field in ("mlp_ratio", "rope_theta"):
       if not getattr(self, field) > 0:
         raise ValueError(f"DiTConfig.{field}: expected a positive number, got {getattr(self, field)!r}")
@@ -115,14 +122,14 @@ class Block(nn.Module):
   text_output: bool
 
   @nn.compact
-  def __call__(self, image, text, text_mask, modulation, table, sparsity: Sparsity):
+  def __call__(self, image, text, text_mask, modulation, table, sparsity: Sparsity, kept=None):
     cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
     # adaLN-single (PixArt-alpha, arXiv 2310.00426): one projection for all blocks, a learned offset for each.
     offset = self.param("modulation", nn.initializers.zeros, (len(STREAMS), 6, cfg.width))
     mod = (modulation + offset)[:, :, :, None].astype(dtype)
     image_mod, text_mod = (jnp.moveaxis(mod[:, i], 1, 0) for i in range(len(STREAMS)))
-    attended = JointAttention(cfg.head_dim, dtype, name="attention")(
-      modulate(image, *image_mod[:2]), modulate(text, *text_mod[:2]), text_mask, table, sparsity
+    attended = JointAttention(cfg.head_dim, dtype, self.text_output, name="attention")(
+      modulate(image, *image_mod[:2]), modulate(text, *text_mod[:2]), text_mask, table, sparsity, kept
     )
     image = self._update("image", image, attended[0], image_mod)
     if self.text_output:
@@ -162,8 +169,9 @@ class ElasticDiT(nn.Module):
   Shapes: x [B, h, w, C] latents; t [B] in [0, 1]; text [B, L, D]; text_mask bool [B, L]; velocity float32 like x.
   The route is static: pass it through `static_argnames` under jit.
 
-  For importance analysis only, `bypass` (bool [depth], traced) replaces blocks by the identity: the numbers of a route
-  without them, at the cost of the full one, from a single program.
+  For importance analysis only, at the cost of the full dense route and from a single program: `bypass` (bool [depth],
+  traced) replaces blocks by the identity, the numbers of a route without them; `kept` (int [depth], traced) gives the
+  key blocks that each block keeps, the numbers of a route of that sparsity.
   """
 
   cfg: DiTConfig
@@ -178,9 +186,11 @@ class ElasticDiT(nn.Module):
     *,
     route: Route,
     bypass: jax.Array | None = None,
+    kept: jax.Array | None = None,
   ) -> jax.Array:
     cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
     self._check(x, Text(text, text_mask), route)
+    self._check_per_block(bypass=bypass, kept=kept)
     grid = (x.shape[1] // cfg.patch, x.shape[2] // cfg.patch)
     centres = rope.token_centres(grid, route.vae * cfg.patch)
     table = rope.rotary_table(centres, cfg.head_dim, cfg.rope_theta)
@@ -197,9 +207,11 @@ class ElasticDiT(nn.Module):
     image, words = image.astype(dtype), words.astype(dtype)
     # Parameters never depend on the route, not even on the one a model is initialised with.
     for i in range(cfg.depth) if self.is_initializing() else route.active:
-      sparsity = Sparsity(route.sparsity[i], grid, cfg.block_side, i)
+      sparsity = Sparsity(route.sparsity[i], grid, cfg.block_side, i, cfg.per_head, cfg.force_self)
       block = self._block_class()(cfg, text_output=i < cfg.depth - 1, name=f"block_{i:02d}")
-      outputs = block(image, words, text_mask, modulation, table, sparsity)
+      outputs = block(
+        image, words, text_mask, modulation, table, sparsity, None if kept is None else jnp.asarray(kept)[i]
+      )
       if bypass is not None:
         outputs = (jnp.where(bypass[i], image, outputs[0]), jnp.where(bypass[i], words, outputs[1]))
       image, words = outputs
@@ -219,6 +231,13 @@ class ElasticDiT(nn.Module):
     policy = None if self.cfg.remat == "full" else getattr(jax.checkpoint_policies, self.cfg.remat)
     # Sparsity is static; argument 0 is the module itself.
     return nn.remat(Block, policy=policy, static_argnums=(6,))
+
+  def _check_per_block(self, **arrays: jax.Array | None) -> None:
+    for name, array in arrays.items():
+      if array is not None and jnp.shape(array) != (self.cfg.depth,):
+        raise ValueError(
+          f"{name}: expected one value for each of the {self.cfg.depth} blocks, got shape {jnp.shape(array)}"
+        )
 
   def _check(self, x: jax.Array, text: Text, route: Route) -> None:
     cfg = self.cfg

@@ -7,31 +7,48 @@ from elasticdit_jax.types import Array
 
 
 def dense_attention(
-  q: Array, k: Array, v: Array, text_len: int, text_mask: Array | None = None, *, scale: float | None = None
+  q: Array,
+  k: Array,
+  v: Array,
+  text_len: int,
+  text_mask: Array | None = None,
+  *,
+  image_mask: Array | None = None,
+  text_queries: bool = True,
+  scale: float | None = None,
 ) -> jax.Array:
   """softmax(scale q k^T) v over all tokens, with absent text tokens hidden from every query.
 
   Args:
     q: [B, T, heads, head_dim], the text tokens first.
-    k: like q.
-    v: like q.
+    k: [B, T, heads, head_dim].
+    v: like k.
     text_len: how many of the T tokens are text; 0 for none.
     text_mask: bool [B, text_len], True where a text token is present; None where all are. A row without any is fine as
       long as there are image tokens.
+    image_mask: bool [B, heads or 1, T - text_len, T - text_len], which image tokens an image query sees besides all
+      text; None where it sees every one.
+    text_queries: False where nobody reads the text rows: q then holds the image tokens alone, and so does the result.
     scale: head_dim ** -0.5 where None.
 
   Returns:
-    [B, T, heads, head_dim] in the dtype of q; logits and softmax are float32. Rows of absent text tokens hold
+    Like q, in its dtype; logits and softmax are float32. Rows of absent text tokens hold
     what an ordinary query would get; nothing may read them.
 
   Raises:
     ValueError: where shapes or dtypes disagree.
   """
-  check_qkv(q, k, v, text_len, text_mask)
+  missing = 0 if text_queries else text_len
+  whole = q.shape if q.ndim != 4 else (q.shape[0], q.shape[1] + missing, *q.shape[2:])
+  check_qkv(jax.ShapeDtypeStruct(whole, q.dtype), k, v, text_len, text_mask)
   mask = None
   if text_mask is not None and text_len:
-    image = jnp.ones((q.shape[0], q.shape[1] - text_len), bool)
+    image = jnp.ones((k.shape[0], k.shape[1] - text_len), bool)
     mask = jnp.concatenate([text_mask, image], axis=1)[:, None, None, :]
+  if image_mask is not None:
+    pads = ((0, 0), (0, 0), (text_len - missing, 0), (text_len, 0))
+    seen = jnp.pad(image_mask, pads, constant_values=True)
+    mask = seen if mask is None else mask & seen
   return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
 
 

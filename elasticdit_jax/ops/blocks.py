@@ -85,6 +85,12 @@ class BlockGrid:
     cut = real.reshape(self.rows, self.side, self.columns, self.side)
     return cut.transpose(0, 2, 1, 3).reshape(-1)
 
+  def block_of(self) -> np.ndarray:
+    """int [height * width]: the block of every raster token."""
+    row = (np.arange(self.height) - self.offset) % (self.rows * self.side) // self.side
+    column = (np.arange(self.width) - self.offset) % (self.columns * self.side) // self.side
+    return (row[:, None] * self.columns + column).reshape(-1)
+
 
 def to_blocks(x: Array, grid: BlockGrid, text_len: int = 0) -> jax.Array:
   """Raster image tokens to block-major ones; text tokens in front stay where they are.

@@ -57,13 +57,44 @@ def select_blocks(
   Raises:
     ValueError: where shapes disagree or num_kept is out of range.
   """
+  affinity = _affinity(q_blocks, k_blocks, per_head, force_self, block_mask)
+  if not 1 <= num_kept <= q_blocks.shape[1]:
+    raise ValueError(f"num_kept: expected 1..{q_blocks.shape[1]} of {q_blocks.shape[1]} blocks, got {num_kept}")
+  _, kept = jax.lax.top_k(affinity, num_kept)
+  return jnp.sort(kept.astype(jnp.int32), axis=-1)
+
+
+def block_gate(
+  q_blocks: Array,
+  k_blocks: Array,
+  num_kept: Array | int,
+  *,
+  per_head: bool = False,
+  force_self: bool = False,
+  block_mask: Array | None = None,
+) -> jax.Array:
+  """What `select_blocks` lists as a mask, for a num_kept that may be traced: one program for all counts.
+
+  For analysis only: a mask saves no work.
+
+  Args:
+    num_kept: int [], 1..Tb; the others as in select_blocks.
+
+  Returns:
+    bool [B, heads or 1, Tb, Tb]: which key blocks each query block keeps.
+  """
+  affinity = _affinity(q_blocks, k_blocks, per_head, force_self, block_mask)
+  _, order = jax.lax.top_k(affinity, affinity.shape[-1])
+  return jnp.argsort(order, axis=-1) < num_kept
+
+
+def _affinity(q_blocks, k_blocks, per_head: bool, force_self: bool, block_mask) -> jax.Array:
+  """float32 [B, heads or 1, Tb, Tb]: what the lists are ranked by."""
   if q_blocks.ndim != 4 or q_blocks.shape != k_blocks.shape:
     raise ValueError(
       f"q_blocks, k_blocks: expected two arrays [B, Tb, heads, head_dim], got {q_blocks.shape} and {k_blocks.shape}"
     )
   blocks = q_blocks.shape[1]
-  if not 1 <= num_kept <= blocks:
-    raise ValueError(f"num_kept: expected 1..{blocks} of {blocks} blocks, got {num_kept}")
   if block_mask is not None and block_mask.shape not in ((q_blocks.shape[0], blocks), (1, blocks)):
     raise ValueError(f"block_mask: expected [{q_blocks.shape[0]} or 1, {blocks}], got {block_mask.shape}")
   q, k = (jax.lax.stop_gradient(jnp.asarray(x, jnp.float32)) for x in (q_blocks, k_blocks))
@@ -75,8 +106,7 @@ def select_blocks(
     affinity = jnp.where(jnp.eye(blocks, dtype=bool), jnp.inf, affinity)
   if block_mask is not None:
     affinity = jnp.where(block_mask[:, None, None, :], affinity, -jnp.inf)
-  _, kept = jax.lax.top_k(affinity, num_kept)
-  return jnp.sort(kept.astype(jnp.int32), axis=-1)
+  return affinity
 
 
 def check_kept(kept: Array, num_blocks: int) -> None:

@@ -1,10 +1,13 @@
 """Joint attention of one layer: sparse against dense, windows that shift, and what text queries see."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from elasticdit_jax.evals import flops
 from elasticdit_jax.models import rope
 from elasticdit_jax.models.attention import JointAttention, Sparsity
 from tests.models import cases
@@ -19,35 +22,94 @@ def _inputs(grid):
   return image, text, np.array([[True, True, True], [True, False, False]])
 
 
-def _layer(dtype=jnp.float32):
-  return JointAttention(HEAD_DIM, jnp.dtype(dtype))
+def _layer(dtype=jnp.float32, text_output=True):
+  return JointAttention(HEAD_DIM, jnp.dtype(dtype), text_output)
+
+
+def _shapes(grid, text_output=True):
+  table = rope.rotary_table(rope.token_centres(grid, 16), HEAD_DIM, 100.0)
+  init = _layer(text_output=text_output).init
+  return jax.eval_shape(
+    lambda *x: init(jax.random.key(0), *x, table, Sparsity(0.0, grid, 2, 0))["params"], *_inputs(grid)
+  )
 
 
 def _params(grid):
+  return jax.tree.map(lambda a: 3 * a, cases.random_tree(_shapes(grid)))
+
+
+def _program(grid, ratio, layer=0, dtype=jnp.float32, side=2, text_output=True, **options):
+  """Jitted (params, image, text, mask, kept=None) -> outputs of both streams."""
   table = rope.rotary_table(rope.token_centres(grid, 16), HEAD_DIM, 100.0)
-  dense = Sparsity(0.0, grid, 2, 0)
-  shapes = jax.eval_shape(lambda *x: _layer().init(jax.random.key(0), *x, table, dense)["params"], *_inputs(grid))
-  return jax.tree.map(lambda a: 3 * a, cases.random_tree(shapes))
+  sparsity = Sparsity(ratio, grid, side, layer, **options)
+
+  def apply(params, image, text, mask, kept=None):
+    return _layer(dtype, text_output).apply({"params": params}, image, text, mask, table, sparsity, kept)
+
+  return jax.jit(apply)
 
 
-def _run(grid, ratio, layer=0, dtype=jnp.float32, side=2, params=None):
-  table = rope.rotary_table(rope.token_centres(grid, 16), HEAD_DIM, 100.0)
-  sparsity = Sparsity(ratio, grid, side, layer)
-
-  def apply(params, image, text, mask):
-    return _layer(dtype).apply({"params": params}, image, text, mask, table, sparsity)
-
+def _run(grid, ratio, layer=0, dtype=jnp.float32, params=None, **options):
   image, text, mask = _inputs(grid)
-  return jax.jit(apply)(params or _params(grid), image.astype(dtype), text.astype(dtype), mask)
+  run = _program(grid, ratio, layer, dtype, **options)
+  return run(params or _params(grid), image.astype(dtype), text.astype(dtype), mask)
+
+
+def _with_lists():
+  """While active, lists are walked even where they hold every block."""
+  return mock.patch.object(Sparsity, "dense", False)
+
+
+def text_queries_macs(args):
+  """Multiply-accumulates of projecting the text queries."""
+  return args[1].size * WIDTH
 
 
 class JointAttentionTest(parameterized.TestCase):
   @parameterized.parameters(((4, 4),), ((3, 5),))
   def test_sparse_equals_dense_where_every_block_is_kept(self, grid):
     for layer in (0, 1):
-      for sparse, dense in zip(_run(grid, 0.01, layer), _run(grid, 0.0, layer), strict=True):
+      with _with_lists():
+        lists = _run(grid, 0.01, layer)
+      for sparse, dense in zip(lists, _run(grid, 0.0, layer), strict=True):
         self.assertEqual(sparse.shape, dense.shape)
         np.testing.assert_allclose(sparse, dense, atol=1e-5)
+
+  def test_a_layer_that_drops_no_whole_block_is_dense(self):
+    args = (_params((4, 4)), *_inputs((4, 4)))
+    dense, all_kept, sparse = (str(jax.make_jaxpr(_program((4, 4), ratio))(*args)) for ratio in (0.0, 0.2, 0.25))
+    self.assertEqual(all_kept, dense)
+    self.assertNotIn("top_k", dense)
+    self.assertIn("top_k", sparse)
+
+  @parameterized.parameters(((4, 4), {}), ((3, 5), {"per_head": True}), ((3, 5), {"force_self": True}))
+  def test_one_masked_program_has_the_numbers_of_every_list_length(self, grid, options):
+    params, blocks = _params(grid), -(-grid[0] // 2) * -(-grid[1] // 2)
+    masked = _program(grid, 0.0, 0, **options)
+    seen = []
+    for kept in range(1, blocks + 1):
+      expected = _run(grid, 1 - kept / blocks, 0, params=params, **options)
+      seen.append(expected[0])
+      for a, b in zip(masked(params, *_inputs(grid), kept), expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    self.assertEqual(masked._cache_size(), 1)
+    self.assertGreater(np.abs(seen[0] - seen[1]).max(), 1e-2)
+
+  def test_options_of_the_selection_reach_it(self):
+    plain = _run((4, 4), 0.7)[0]
+    for option in ("per_head", "force_self"):
+      self.assertGreater(np.abs(_run((4, 4), 0.7, **{option: True})[0] - plain).max(), 1e-2)
+
+  @parameterized.parameters(0.0, 0.7)
+  def test_without_text_output_only_its_queries_are_missing(self, ratio):
+    params, args = _params((3, 5)), _inputs((3, 5))
+    self.assertEqual(_shapes((3, 5), text_output=False), _shapes((3, 5)))
+    full, alone = _program((3, 5), ratio), _program((3, 5), ratio, text_output=False)
+    image, text = alone(params, *args)
+    self.assertIsNone(text)
+    np.testing.assert_allclose(image, full(params, *args)[0], atol=1e-6)
+    work = [flops.count_flops(run, params, *args) for run in (full, alone)]
+    self.assertLessEqual(work[1], work[0] - 2 * text_queries_macs(args))
 
   def test_text_queries_see_every_image_token_on_a_sparse_layer(self):
     dense, sparse = _run((3, 5), 0.0), _run((3, 5), 0.7)
@@ -78,7 +140,9 @@ class JointAttentionTest(parameterized.TestCase):
       np.testing.assert_allclose(a, b, atol=1e-3)
 
   def test_bfloat16(self):
-    for half, full in zip(_run((3, 5), 0.01, dtype=jnp.bfloat16), _run((3, 5), 0.01), strict=True):
+    with _with_lists():
+      results = _run((3, 5), 0.01, dtype=jnp.bfloat16), _run((3, 5), 0.01)
+    for half, full in zip(*results, strict=True):
       self.assertEqual(half.dtype, jnp.bfloat16)
       self.assertLess(np.abs(half.astype(jnp.float32) - full).mean(), 0.03)
 

@@ -93,6 +93,20 @@ class RouteTest(parameterized.TestCase):
     nothing = cases.forward()(*args, np.zeros(4, bool), route=full)
     self.assertGreater(np.abs(nothing - expected).max(), 1e-2)
 
+  def test_kept_counts_in_one_masked_program_equal_the_sparse_route(self):
+    args = (cases.params(), *cases.inputs())
+    cfg = dataclasses.replace(cases.CFG, remat="full")
+    for keep, kept in (((1, 1, 1, 1), (2, 4, 1, 3)), ((1, 0, 1, 1), (1, 4, 2, 4))):
+      route = _route(keep, tuple(1 - k / 4 for k in kept))
+      base, expected = _route(keep), cases.forward()(*args, route=route)
+      for shape in (cases.CFG, cfg):
+        got = jax.jit(
+          lambda p, *x, kept, shape=shape, base=base: dit.ElasticDiT(shape).apply(
+            {"params": p}, *x, route=base, kept=kept
+          )
+        )(*args, kept=np.int32(kept))
+        np.testing.assert_allclose(got, expected, atol=2e-5)
+
   def test_lite_equals_max_where_the_gates_of_the_skipped_block_are_zero(self):
     params = dict(cases.params())
     params["modulation"] = jax.tree.map(np.zeros_like, params["modulation"])

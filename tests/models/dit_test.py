@@ -46,13 +46,13 @@ class StartTest(absltest.TestCase):
 
 
 class SparsityTest(parameterized.TestCase):
-  def test_sparse_equals_dense_where_every_block_is_kept(self):
+  def test_a_route_that_drops_no_whole_block_is_dense(self):
     # 16 tokens are 4 blocks, 15 (3 x 5, padded) are 6: an eighth of either is no whole block.
     for rows, columns in ((8, 8), (6, 10)):
       args = cases.inputs(rows, columns)
       dense = _run(*args)
       self.assertEqual(dense.shape, (2, rows, columns, 16))
-      np.testing.assert_allclose(_run(*args, _route(0.125, 0.125)), dense, atol=2e-5)
+      np.testing.assert_array_equal(_run(*args, _route(0.125, 0.125)), dense)
       dropped = _run(*args, SPARSE)
       self.assertTrue(np.isfinite(dropped).all())
       self.assertGreater(np.abs(dropped - dense).max(), 1e-2)
@@ -99,8 +99,8 @@ class TextTest(parameterized.TestCase):
 
 class PrecisionTest(absltest.TestCase):
   def test_bfloat16_is_close_to_float32_and_the_velocity_is_float32(self):
-    # Sparse layers whose lists are full: selection would amplify rounding.
-    route = _route(0.125, 0.125)
+    # Dense: selection would amplify rounding.
+    route = DENSE
     exact = _run(*cases.inputs(), route)
     half = _run(*cases.inputs(), route, cfg=dataclasses.replace(CFG, dtype="bfloat16"))
     self.assertEqual(half.dtype, np.float32)
@@ -140,6 +140,12 @@ class MessagesTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, message):
       _run(*cases.inputs(*grid), route)
 
+  @parameterized.parameters("bypass", "kept")
+  def test_one_value_per_block(self, name):
+    for wrong in (np.ones(3, np.int32), np.int32(1)):
+      with self.assertRaisesRegex(ValueError, f"{name}: expected one value for each of the 2 blocks, got shape"):
+        dit.ElasticDiT(CFG).apply({"params": cases.params(CFG)}, *cases.inputs(), route=DENSE, **{name: wrong})
+
   def test_shapes(self):
     x, t, text, mask = cases.inputs()
     long = np.zeros((2, 9, 16), np.float32)
@@ -163,6 +169,7 @@ class MessagesTest(parameterized.TestCase):
     ({"depth": 4.0}, "DiTConfig.depth: expected a positive int, got 4.0"),
     ({"patch": 0}, "DiTConfig.patch"),
     ({"block_side": -8}, "DiTConfig.block_side"),
+    ({"per_head": 1}, "DiTConfig.per_head: expected a bool, got 1"),
     ({"mlp_ratio": 0.0}, "DiTConfig.mlp_ratio: expected a positive number"),
     ({"activation": "swish"}, "DiTConfig.activation: expected one of gelu, silu, relu2, got 'swish'"),
     ({"text_pool": "last"}, "DiTConfig.text_pool: expected one of mean, flatten"),

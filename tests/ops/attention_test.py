@@ -31,6 +31,31 @@ class DenseAttentionTest(absltest.TestCase):
     grad = jax.grad(lambda k: jnp.sum(attention.dense_attention(q, k, v, 3, mask)[:, 3:] ** 2))(k)
     np.testing.assert_array_equal(grad[1, :3], jnp.zeros((3, 2, 4)))
 
+  def test_text_queries_can_be_left_out(self):
+    q, k, v = inputs()
+    mask = jnp.array([[True, True, False], [False, False, False]])
+    expected = attention.dense_attention(q, k, v, 3, mask)[:, 3:]
+    out = attention.dense_attention(q[:, 3:], k, v, 3, mask, text_queries=False)
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+
+  def test_image_mask_hides_image_keys_from_image_queries_only(self):
+    q, k, v = inputs()
+    seen = jax.random.bernoulli(jax.random.key(1), 0.5, (2, 1, 6, 6))
+    text_mask = jnp.array([[True, True, False], [True, True, True]])
+    whole = (
+      jnp.ones((2, 1, 9, 9), bool).at[:, :, 3:, 3:].set(seen)
+      & jnp.pad(text_mask, ((0, 0), (0, 6)), constant_values=True)[:, None, None]
+    )
+    expected = jax.nn.dot_product_attention(q, k, v, mask=whole)
+    out = attention.dense_attention(q, k, v, 3, text_mask, image_mask=seen)
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+    alone = attention.dense_attention(q[:, 3:], k, v, 3, text_mask, image_mask=seen, text_queries=False)
+    np.testing.assert_allclose(alone, expected[:, 3:], atol=1e-6)
+    without = attention.dense_attention(q[:, 3:], k[:, 3:], v[:, 3:], 0, image_mask=seen)
+    np.testing.assert_allclose(
+      without, jax.nn.dot_product_attention(q[:, 3:], k[:, 3:], v[:, 3:], mask=seen), atol=1e-6
+    )
+
   def test_scale_and_dtype(self):
     q, k, v = inputs(dtype=jnp.bfloat16)
     out = attention.dense_attention(q, k, v, 0, scale=0.0)
@@ -49,6 +74,8 @@ class DenseAttentionTest(absltest.TestCase):
     ):
       with self.assertRaisesRegex(ValueError, message):
         attention.dense_attention(*args)
+    with self.assertRaisesRegex(ValueError, r"k: expected shape \(2, 12, 2, 4\) like q, got \(2, 9, 2, 4\)"):
+      attention.dense_attention(q, k, v, 3, text_queries=False)
 
 
 if __name__ == "__main__":

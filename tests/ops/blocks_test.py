@@ -71,6 +71,17 @@ class BlocksTest(parameterized.TestCase):
     self.assertTrue(bool(jnp.all(blocks.block_mask(grid.valid()[None], grid.block_size))))
     self.assertEqual(bool(grid.valid().all()), grid.padding == (0, 0))
 
+  @parameterized.parameters(*range(6))
+  def test_any_grid_shifted_or_not(self, seed):
+    height, width, side = (int(n) for n in np.random.default_rng(seed).integers([1, 1, 1], [40, 40, 9]))
+    for layer in (0, 1):
+      grid = blocks.BlockGrid(height, width, side, blocks.window_offset(layer, side))
+      positions = cut(grid).reshape(grid.num_blocks, grid.block_size)
+      np.testing.assert_array_equal(np.sort(positions[positions >= 0]), np.arange(height * width))
+      self.assertTrue((positions >= 0).any(axis=1).all(), "a block of padding only")
+      for block, row in enumerate(positions):
+        np.testing.assert_array_equal(grid.block_of()[row[row >= 0]], block)
+
   def test_pool_is_the_mean_over_real_tokens(self):
     grid = blocks.BlockGrid(3, 2, 2)
     x = jnp.arange(6.0)[None, :, None, None] * jnp.ones((1, 6, 2, 3))

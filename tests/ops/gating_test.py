@@ -71,6 +71,24 @@ class GatingTest(parameterized.TestCase):
   def test_ties_go_to_the_lower_index(self):
     q = jnp.ones((1, 4, 1, 2))
     np.testing.assert_array_equal(gating.select_blocks(q, q, 2)[0, 0], [[0, 1]] * 4)
+    np.testing.assert_array_equal(gating.block_gate(q, q, 2)[0, 0], [[True, True, False, False]] * 4)
+
+  @parameterized.product(per_head=[False, True], force_self=[False, True], masked=[False, True])
+  def test_the_gate_is_the_list_for_every_count_from_one_program(self, per_head, force_self, masked):
+    q, k = pooled()
+    options = {"per_head": per_head, "force_self": force_self}
+    options["block_mask"] = jnp.array([[True] * 4 + [False] * 2]) if masked else None
+    traces = []
+
+    @jax.jit
+    def gate(q, k, count):
+      traces.append(count)
+      return gating.block_gate(q, k, count, **options)
+
+    for count in range(1, 7):
+      kept = gating.select_blocks(q, k, count, **options)
+      np.testing.assert_array_equal(gate(q, k, count), (kept[..., None] == jnp.arange(6)).any(-2))
+    self.assertLen(traces, 1)
 
   def test_all_blocks_kept_is_every_index(self):
     q, k = pooled()
