@@ -36,16 +36,27 @@ class Codec:
     z = TDVAE(self.cfg).apply({"params": self.params}, image, method="encode")
     return jax.lax.stop_gradient((z - self.shift) * self.scale)
 
-  def decode(self, latents: jax.Array) -> jax.Array:
-    """Normalised latents [B, h, w, C] -> images [B, f*h, f*w, 3], clipped to [-1, 1]."""
+  def decode(self, latents: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
+    """Normalised latents [B, h, w, C] -> images [B, f*h, f*w, 3], clipped to [-1, 1]; cropped to size = (H, W)."""
     z = latents / self.scale + self.shift
-    return jnp.clip(TDVAE(self.cfg).apply({"params": self.params}, z, method="decode"), -1.0, 1.0)
+    return jnp.clip(TDVAE(self.cfg).apply({"params": self.params}, z, size, method="decode"), -1.0, 1.0)
 
 
 def fit_statistics(latents: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(shift [C], scale []) that centre raw latents [N, h, w, C] and bring them to unit overall variance."""
+  """(shift [C], scale []) that centre raw latents [N, h, w, C] and bring them to unit overall variance.
+
+  Raises:
+    ValueError: for latents that do not vary or are not finite: no scale brings those to unit variance.
+  """
   mean = latents.mean((0, 1, 2))
-  return mean, 1.0 / jnp.sqrt(jnp.square(latents - mean).mean())
+  deviation = jnp.sqrt(jnp.square(latents - mean).mean())
+  # Rounding alone makes constant latents deviate by some 1e-7 of their size.
+  if not 1e-6 * (1.0 + jnp.abs(mean).max()) < deviation < jnp.inf:
+    raise ValueError(
+      f"latents: expected finite values that differ between pictures, got a standard deviation of {deviation:.2g}; the"
+      " VAE encodes nothing: train it for longer, or with less config.loss.energy"
+    )
+  return mean, 1.0 / deviation
 
 
 def to_uint8(image: jax.Array) -> jax.Array:

@@ -23,6 +23,10 @@ from elasticdit_jax.ops import haar
 CARRIED_BANDS = 3  # LL, cH, cV go on to the next level; cD stays.
 
 
+def _is_int(value: object, least: int) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
   """Shape of a T-DVAE.
@@ -47,6 +51,8 @@ class VAEConfig:
 
   def __post_init__(self):
     for field in ("widths", "encoder_blocks", "decoder_blocks"):
+      if not isinstance(getattr(self, field), tuple | list):
+        raise ValueError(f"VAEConfig.{field}: expected one number per stage, got {getattr(self, field)!r}")
       object.__setattr__(self, field, tuple(getattr(self, field)))
     levels = {8: 3, 16: 4}.get(self.factor)
     if levels is None:
@@ -54,6 +60,15 @@ class VAEConfig:
     for field in ("widths", "encoder_blocks", "decoder_blocks"):
       if len(getattr(self, field)) != levels:
         raise ValueError(f"VAEConfig.{field}: f{self.factor} has {levels} stages, got {getattr(self, field)}")
+    for field in ("encoder_blocks", "decoder_blocks"):
+      if not all(_is_int(n, 0) for n in getattr(self, field)):
+        raise ValueError(f"VAEConfig.{field}: expected numbers of blocks, 0 or more, got {getattr(self, field)}")
+    for field in ("widths", "flow", "latent_channels"):
+      value = getattr(self, field)
+      if not all(_is_int(n, 1) for n in (value if field == "widths" else (value,))):
+        raise ValueError(f"VAEConfig.{field}: expected positive numbers of channels, got {value!r}")
+    if not isinstance(self.shortcut, bool):
+      raise ValueError(f"VAEConfig.shortcut: expected true or false, got {self.shortcut!r}")
 
   @property
   def levels(self) -> int:

@@ -30,7 +30,7 @@ from elasticdit_jax.train.writer import Writer
 from elasticdit_jax.types import Batch, to_float
 
 # May differ between two starts of one run.
-NEUTRAL = ("train.log_every", "train.save_every")
+NEUTRAL = ("train.log_every", "train.save_every", "data.max_bad_fraction")
 _STATISTICS_BATCHES = 16
 
 
@@ -76,12 +76,12 @@ def make_codec(cfg: tdvae.VAEConfig, params: Any, batches: list[Batch]) -> codec
 
 def reconstruct(codec: codec_lib.Codec, image: np.ndarray) -> np.ndarray:
   """uint8 [B, H, W, 3] through the codec and back, uint8."""
-  return np.asarray(_round_trip(codec, image))[:, : image.shape[1], : image.shape[2]]
+  return np.asarray(_round_trip(codec, image))
 
 
 @jax.jit
 def _round_trip(codec: codec_lib.Codec, image: jax.Array) -> jax.Array:
-  return codec_lib.to_uint8(codec.decode(codec.encode(to_float(image))))
+  return codec_lib.to_uint8(codec.decode(codec.encode(to_float(image)), image.shape[1:3]))
 
 
 def run(config: Any, workdir: str) -> None:

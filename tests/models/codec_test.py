@@ -40,6 +40,22 @@ class CodecTest(absltest.TestCase):
     # One scale for all: the channels keep their relative energies.
     np.testing.assert_allclose(z.std((0, 1, 2)) / raw.std((0, 1, 2)), np.full(3, scale), rtol=1e-4)
 
+  def test_latents_without_variance_have_no_scale(self):
+    constant = np.full((2, 4, 4, 3), 0.1, np.float32) * np.array([1.0, -30.0, 7.7], np.float32)
+    for latents in (constant, np.zeros((2, 4, 4, 3), np.float32), np.full((2, 4, 4, 3), np.nan, np.float32)):
+      with self.assertRaisesRegex(ValueError, "latents: expected finite values that differ.*train it for longer"):
+        fit_statistics(latents)
+    _, scale = fit_statistics(constant + 1e-3 * np.random.default_rng(0).normal(size=constant.shape))
+    self.assertAlmostEqual(float(scale), 1000.0, delta=100.0)
+
+  def test_pictures_of_any_size_come_back_in_their_size(self):
+    image = np.random.default_rng(0).uniform(-1, 1, (1, 13, 22, 3)).astype(np.float32)
+    codec = _codec()
+    z = _encode(codec, image)
+    whole, cropped = _decode(codec, z), jax.jit(Codec.decode, static_argnums=2)(codec, z, (13, 22))
+    self.assertEqual((whole.shape, cropped.shape), ((1, 16, 24, 3), image.shape))
+    np.testing.assert_allclose(cropped, whole[:, :13, :22], atol=1e-5)
+
   def test_encode_and_decode_undo_the_normalisation(self):
     image, plain = _image(), _codec()
     raw = _encode(plain, image)

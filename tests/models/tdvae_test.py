@@ -162,6 +162,13 @@ class ConfigTest(parameterized.TestCase):
     ({"factor": 16}, "VAEConfig.widths: f16 has 4 stages, got .4, 8, 8."),
     ({"encoder_blocks": (1, 1)}, "VAEConfig.encoder_blocks: f8 has 3 stages"),
     ({"decoder_blocks": (1, 1, 1, 1)}, "VAEConfig.decoder_blocks: f8 has 3 stages"),
+    ({"widths": (4, 0, 8)}, "widths: expected positive numbers of channels, got .4, 0, 8."),
+    ({"widths": 4}, "widths: expected one number per stage, got 4"),
+    ({"encoder_blocks": (0, -1, 1)}, "encoder_blocks: expected numbers of blocks, 0 or more"),
+    ({"decoder_blocks": (0, 1.5, 1)}, "decoder_blocks: expected numbers of blocks, 0 or more"),
+    ({"flow": 0}, "flow: expected positive numbers of channels, got 0"),
+    ({"latent_channels": "16"}, "latent_channels: expected positive numbers of channels, got '16'"),
+    ({"shortcut": 1}, "shortcut: expected true or false, got 1"),
   )
   def test_messages(self, change, message):
     with self.assertRaisesRegex(ValueError, message):
