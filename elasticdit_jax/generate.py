@@ -116,8 +116,8 @@ class Pipeline:
 
   @property
   def routes(self) -> Mapping[str, Route]:
-    """The routes that can draw: those whose VAE is there."""
-    return {name: r for name, r in self.model.routes.items() if r.vae in self.model.codecs}
+    """The routes that can draw, those whose VAE is there; second names are left out, though `select` knows them."""
+    return {name: r for name, r in self.model.routes.items() if r.vae in self.model.codecs and name == r.name}
 
   def __call__(
     self,
@@ -235,11 +235,10 @@ def latent_grid(size: int | tuple[int, int], route: Route, patch: int) -> tuple[
 
 
 def parse_routes(text: str, pipeline: Pipeline) -> tuple[str, ...]:
-  """Route names of "all", "a" or "a,b"; raises ValueError for one that cannot draw."""
+  """First names of the routes of "all", "a" or "a,b"; raises ValueError for one that cannot draw."""
   if text == "all":
     return tuple(pipeline.routes)
-  names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-  return tuple(pipeline.select(name).name for name in names)
+  return tuple(dict.fromkeys(pipeline.select(name.strip()).name for name in text.split(",")))
 
 
 def run(config: Any, workdir: str) -> None:

@@ -25,6 +25,7 @@ TASKS = {
   "vae": "elasticdit_jax.train.vae",
   "sample": "elasticdit_jax.generate",
   "evaluate": "elasticdit_jax.evals.evaluate",
+  "sparsify": "elasticdit_jax.train.sparsify",
 }
 
 FLAGS = flags.FLAGS

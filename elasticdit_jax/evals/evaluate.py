@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,8 @@ def run(config: Any, workdir: str) -> None:
   sampling = {"steps": config.steps, "guidance": config.guidance, "solver": config.solver}
   for name in names:
     pipeline.arguments([""], name, seed=config.seed, **sampling)
-  validation, captions = _held_out(config, pipeline)
-  prompts = scene_eval.fixed_prompts(config.pictures) if config.data.source == "scenes" else captions
+  validation, captions = held_out(config.data, pipeline, config.validation)
+  prompts = scene_eval.fixed_prompts(config.pictures) if config.data.source == "scenes" else captions(config.pictures)
   measured = {}
   for name in names:
     route = pipeline.select(name)
@@ -64,9 +65,21 @@ def _check(config: Any, workdir: str) -> None:
       raise ValueError(f"config.{field}: expected at least {least}, got {config[field]}")
 
 
-def _held_out(config: Any, pipeline: Pipeline) -> tuple[Validation, list[str]]:
-  """The validation losses' inputs, and the captions of the first held-out pictures."""
-  model, data = pipeline.model, config.data.copy_and_resolve_references()
+def held_out(data: Any, pipeline: Pipeline, count: int) -> tuple[Validation, Callable[[int], list[str]]]:
+  """Inputs of the validation losses of a finished model.
+
+  Args:
+    data: as in training: where captions and pictures come from; size 0 = the model's.
+    pipeline: the model.
+    count: of held-out pictures.
+
+  Returns:
+    The losses' inputs, and a function from a number to the captions of that many held-out pictures.
+
+  Raises:
+    ValueError: where the data is not there or not what the model was trained on.
+  """
+  model, data = pipeline.model, data.copy_and_resolve_references()
   with data.unlocked():
     data.size = data.size or model.size
   if data.source == "scenes" and not scene_eval.knows_scenes(pipeline):
@@ -75,7 +88,10 @@ def _held_out(config: Any, pipeline: Pipeline) -> tuple[Validation, list[str]]:
       " --config.data.source=folder --config.data.path=DIR"
     )
   _, source, _ = data_pipeline.source_from_config(data)
-  (batch,) = data_pipeline.validation_batch(source, model.encoder, config.validation, 1)
-  keys, order = range(config.pictures), source.order(None)
-  captions = [model.encoder.clip(caption) for caption in source.read(np.array([order[i] for i in keys]))[1]]
+  (batch,) = data_pipeline.validation_batch(source, model.encoder, count, 1)
+  order = source.order(None)
+
+  def captions(number: int) -> list[str]:
+    return [model.encoder.clip(caption) for caption in source.read(np.array([order[i] for i in range(number)]))[1]]
+
   return make_validation(model.cfg, model.codecs, batch), captions

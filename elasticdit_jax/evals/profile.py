@@ -35,6 +35,8 @@ class Profile:
     active_parameters: parameters of the backbone that the route reads.
     tokens: image tokens.
     realised_sparsity: mean over active blocks of the share of key blocks that a query block drops.
+    num_blocks: key blocks there are for a query block.
+    kept: how many of them it keeps in each active block.
     flops_per_step: of one picture and one step of the sampler, both halves of guidance included.
     flops_per_image: of one picture, decoder included.
     ms_per_step: of one picture where `batch` pictures run together; NaN where the noise was larger.
@@ -58,6 +60,14 @@ class Profile:
   guidance: float
   height: int
   width: int
+  num_blocks: int
+  kept: tuple[int, ...]
+
+
+def kept_blocks(route: Route, grid: tuple[int, int], block_side: int) -> tuple[int, ...]:
+  """Key blocks that a query block keeps in each active block; arguments as in realised_sparsity."""
+  total = blocks.BlockGrid(*grid, block_side).num_blocks
+  return tuple(gating.num_kept(total, route.sparsity[i]) for i in route.active)
 
 
 def realised_sparsity(route: Route, grid: tuple[int, int], block_side: int) -> float:
@@ -69,8 +79,8 @@ def realised_sparsity(route: Route, grid: tuple[int, int], block_side: int) -> f
     block_side: tokens along one side of a sparse block.
   """
   total = blocks.BlockGrid(*grid, block_side).num_blocks
-  dropped = [1 - gating.num_kept(total, route.sparsity[i]) / total for i in route.active if route.sparsity[i]]
-  return sum(dropped) / len(route.active)
+  kept = kept_blocks(route, grid, block_side)
+  return 1 - sum(kept) / (len(kept) * total)
 
 
 def profile_routes(
@@ -183,4 +193,6 @@ def _profile(
     guidance=guidance,
     height=height,
     width=width,
+    num_blocks=blocks.BlockGrid(*grid, cfg.block_side).num_blocks,
+    kept=kept_blocks(route, grid, cfg.block_side),
   )

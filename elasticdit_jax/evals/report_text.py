@@ -77,7 +77,19 @@ def _routes(routes: Mapping[str, Any]) -> list[str]:
       ]
     overall = [_overall(score[split]) if score else _NONE for split in splits]
     rows.append([name, *costs, _number(route["loss"]), *overall])
-  return ["## Routes", _table(head, rows)]
+  return ["## Routes", _table(head, rows), *_kept(routes)]
+
+
+def _kept(routes: Mapping[str, Any]) -> list[str]:
+  """Kept key blocks of the sparse routes."""
+  profiles = {name: route["profile"] for name, route in routes.items() if route["profile"]}
+  rows = [
+    [name, f"{profile['num_blocks']}", " ".join(map(str, profile["kept"]))]
+    for name, profile in profiles.items()
+    if profile["realised_sparsity"]
+  ]
+  head = ["sparse route", "key blocks", "kept by each block that runs"]
+  return [_table(head, rows)] if rows else []
 
 
 def _splits(routes: Mapping[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from elasticdit_jax.elastic import Route
 from elasticdit_jax.flow import path
 from elasticdit_jax.models import dit
 from elasticdit_jax.models.codec import Codec
+from elasticdit_jax.ops import blocks
 from elasticdit_jax.types import Batch, Text, to_float
 
 
@@ -34,7 +35,14 @@ class Validation:
   bins: int = 8
   seed: int = 0
 
-  def by_time(self, params: Any, route: Route, bypass: Sequence[int] = ()) -> np.ndarray:
+  def num_blocks(self, route: Route) -> int:
+    """Key blocks that a query block of a dense layer reads, T_b."""
+    rows, columns = (n // self.cfg.patch for n in self.latents[route.vae].shape[1:3])
+    return blocks.BlockGrid(rows, columns, self.cfg.block_side).num_blocks
+
+  def by_time(
+    self, params: Any, route: Route, bypass: Sequence[int] = (), kept: Sequence[int] | None = None
+  ) -> np.ndarray:
     """Mean loss per time bin, float32 [bins].
 
     Args:
@@ -42,17 +50,18 @@ class Validation:
       route: which way through it.
       bypass: blocks to replace by the identity. The same number as a route without them, from one program for all of
         them: an importance analysis would otherwise compile hundreds.
+      kept: per block of the backbone, key blocks to keep in place of route.sparsity; likewise one program for all.
     """
     bypassed = np.zeros(self.cfg.depth, bool)
     bypassed[list(bypass)] = True
+    kept = None if kept is None else np.asarray(kept, np.int32)
     key = jax.random.fold_in(jax.random.key(self.seed), route.vae)
-    return np.asarray(
-      _by_time(self.cfg, params, self.latents[route.vae], self.text, key, bypassed, route=route, bins=self.bins)
-    )
+    x0 = self.latents[route.vae]
+    return np.asarray(_by_time(self.cfg, params, x0, self.text, key, bypassed, kept, route=route, bins=self.bins))
 
-  def loss(self, params: Any, route: Route, bypass: Sequence[int] = ()) -> float:
-    """Mean over the time bins."""
-    return float(self.by_time(params, route, bypass).mean())
+  def loss(self, params: Any, route: Route, bypass: Sequence[int] = (), kept: Sequence[int] | None = None) -> float:
+    """Mean over the time bins; see by_time."""
+    return float(self.by_time(params, route, bypass, kept).mean())
 
 
 def make_validation(
@@ -64,7 +73,7 @@ def make_validation(
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "route", "bins"))
-def _by_time(cfg, params, x0, text, key, bypassed, *, route: Route, bins: int) -> jax.Array:
+def _by_time(cfg, params, x0, text, key, bypassed, kept, *, route: Route, bins: int) -> jax.Array:
   eps = jax.random.normal(key, x0.shape)
 
   def at(t):
@@ -77,6 +86,7 @@ def _by_time(cfg, params, x0, text, key, bypassed, *, route: Route, bins: int) -
       text.mask,
       route=route,
       bypass=bypassed,
+      kept=kept,
     )
     return jnp.mean(jnp.square(v - path.target(x0, eps)))
 

@@ -131,18 +131,42 @@ def check_size(size: int, multiple: int) -> None:
     )
 
 
+def init_directory(config: Any) -> str | None:
+  """Directory of the weights of config.init, a model directory or a workdir; None where they are random.
+
+  Raises:
+    ValueError: where there are none.
+  """
+  if not config.init:
+    return None
+  path = weight_path(config.init)
+  for directory in (path, f"{path}/model"):
+    if os.path.isfile(f"{directory}/dit.safetensors"):
+      return directory
+  raise ValueError(f"config.init: no dit.safetensors in {path}; give a model directory, 'shipped', or '' for random")
+
+
+def given_routes(job: Job, names: set[str]) -> dict[str, Route]:
+  """Those of `names` beyond the four standard routes that routes.json beside the weights of config.init holds."""
+  names = names - set(elastic.standard_routes(job.cfg.depth))
+  directory = init_directory(job.config) if names else None
+  if directory is None or not os.path.isfile(f"{directory}/routes.json"):
+    return {}
+  known = elastic.load_routes(f"{directory}/routes.json")
+  found = {name: known[name] for name in sorted(names & set(known)) if known[name].depth == job.cfg.depth}
+  return {route.name: route for route in found.values()} | found
+
+
 def initial_params(job: Job) -> dict:
   """Weights of config.init: random for "", the package's for "shipped", else those of a model directory or a workdir.
 
   Raises:
     ValueError: where they do not fit the configured backbone.
   """
-  if not job.config.init:
+  directory = init_directory(job.config)
+  if directory is None:
     return dit.init(job.cfg, jax.random.key(job.config.seed))
-  path = weight_path(job.config.init)
-  file = next((f for f in (f"{path}/dit.safetensors", f"{path}/model/dit.safetensors") if os.path.isfile(f)), None)
-  if file is None:
-    raise ValueError(f"config.init: no dit.safetensors in {path}; give a model directory, 'shipped', or '' for random")
+  file = f"{directory}/dit.safetensors"
   params = weights.load_tree(file)
   weights.check_tree(dit.init_shapes(job.cfg), params, f"config.init: {file}")
   return jax.tree.map(jnp.asarray, params)
@@ -151,7 +175,12 @@ def initial_params(job: Job) -> dict:
 def check_routes(names: set[str], routes: Mapping[str, Route], codecs: Mapping[int, Codec]) -> None:
   """Raises ValueError for a route name nobody knows, or one whose VAE is missing."""
   for name in sorted(names):
-    route = elastic.select_route(routes, name)
+    if name not in routes:
+      raise ValueError(
+        f"config.phases: unknown route {name!r}; expected one of {', '.join(sorted(routes))}, or one in routes.json"
+        " beside the weights of config.init, where configs/sparsify.py puts sparse ones"
+      )
+    route = routes[name]
     if route.vae not in codecs:
       raise ValueError(
         f"route {name!r} needs vae_f{route.vae}.safetensors, which config.vae does not have; train it with"

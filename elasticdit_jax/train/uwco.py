@@ -14,13 +14,11 @@ an interrupted run still ends with the whole curve.
 """
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
 
 from elasticdit_jax import elastic
-from elasticdit_jax.elastic import Route
 from elasticdit_jax.interop import model_dir
 from elasticdit_jax.models import dit
 from elasticdit_jax.train import importance as importance_lib
@@ -58,11 +56,12 @@ class Run:
   def __init__(self, job: job_lib.Job, table: tuple[phases.Phase, ...]):
     self.job, self.table = job, table
     self.stop = table[-1].stop
-    self.routes = elastic.standard_routes(job.cfg.depth)
+    names = {name for p in table for group in p.groups for name in group}
+    self._given = job_lib.given_routes(job, names)
+    self.routes = elastic.standard_routes(job.cfg.depth) | self._given
     self._routes_path = os.path.join(job.workdir, "routes.json")
     self._analysis_step = max((p.stop for p in table if p.name in phases.FULL), default=0)
     importance_lib.check_skip(job.cfg.depth, job.config.lite.skip)
-    names = {name for p in table for group in p.groups for name in group}
     job_lib.check_routes(names, self.routes, job.codecs)
 
   def execute(self) -> None:
@@ -95,7 +94,7 @@ class Run:
     if not restored:
       return template, 0
     current, meta = restored
-    self.routes = {name: Route(name=name, **fields) for name, fields in meta["routes"].items()}
+    self.routes = elastic.routes_from_json(meta["routes"])
     return current, int(current.step)
 
   def _settings(self) -> loop.Settings:
@@ -107,7 +106,7 @@ class Run:
       batch_size=config.data.batch_size,
       resume_command=f"the same command with --workdir={self.job.workdir}",
       phase=lambda n: f"{config.task} {phases.phase_at(self.table, n).label}",
-      meta=lambda n: {"phase": phases.phase_at(self.table, n).name, "routes": _as_json(self.routes)},
+      meta=lambda n: {"phase": phases.phase_at(self.table, n).name, "routes": elastic.routes_to_json(self.routes)},
     )
 
   def _step(self, update, current: state.TrainState, batch: Any, n: int):
@@ -138,12 +137,9 @@ class Run:
     logging.info(
       "importance analysis: which %d of %d blocks flex-lite skips", self.job.config.lite.skip, self.job.cfg.depth
     )
-    full = [route for name, route in self.routes.items() if name.startswith("max") and route.vae in self.job.codecs]
+    every = elastic.standard_routes(self.job.cfg.depth)
+    full = [route for name, route in every.items() if name.startswith("max") and route.vae in self.job.codecs]
     importance = importance_lib.analyse(self.job.validation(), current.ema, full, self.job.config.lite.skip)
-    self.routes = elastic.standard_routes(self.job.cfg.depth, importance.skipped)
+    self.routes = elastic.standard_routes(self.job.cfg.depth, importance.skipped) | self._given
     elastic.save_routes(self._routes_path, self.routes)
     return importance
-
-
-def _as_json(routes: Mapping[str, Route]) -> dict[str, Any]:
-  return {name: {"keep": r.keep, "sparsity": r.sparsity, "vae": r.vae} for name, r in routes.items()}

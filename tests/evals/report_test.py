@@ -34,7 +34,8 @@ def _snapshot(step, label, lite, max_=0.6, score=True, **more):
 
 def _profile(name):
   blocks = 4 if name.startswith("lite") else 6
-  return profile.Profile(blocks, blocks * 10**5, 64, 0.25, 2e9, 44e9, 5.0, 130.0, 7.5, 1, 20, 3.0, 64, 64)
+  kept = (3,) * blocks
+  return profile.Profile(blocks, blocks * 10**5, 64, 0.25, 2e9, 44e9, 5.0, 130.0, 7.5, 1, 20, 3.0, 64, 64, 4, kept)
 
 
 def _drawn(seed):
@@ -100,6 +101,7 @@ class ReportTest(absltest.TestCase):
       "12.5",
       "0.40 M",
       "25.0 %",
+      "| lite-f8 | 4 | 3 3 3 3 |",
       "| 44 |",
       "130",
       "protected",
