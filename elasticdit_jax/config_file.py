@@ -14,6 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
+from absl import flags
+
+_PARSERS = {bool: flags.BooleanParser(), int: flags.IntegerParser(), float: flags.FloatParser()}
 
 
 def available() -> list[str]:
@@ -73,8 +76,11 @@ def _load_module(file: str) -> types.ModuleType:
 
 
 def check_fields(config: ml_collections.ConfigDict, argv: Sequence[str]) -> None:
-  """Raises ValueError for a `--config.a.b` on the command line that the config does not have."""
-  for match in filter(None, (re.match(r"--?(?:no)?config\.([^=]+)", arg) for arg in argv)):
+  """Raises ValueError for a `--config.a.b=value` on the command line that the config does not have or cannot hold."""
+  for match in filter(None, (re.match(r"--?([\w.]+)", arg) for arg in argv)):
+    if match[1].split(".")[0] in config:
+      raise ValueError(f"{match[0]}: unknown option; did you mean --config.{match[1]}?")
+  for match in filter(None, (re.match(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", arg, re.DOTALL) for arg in argv)):
     node, name = config, "config"
     for key in match[1].split("."):
       fields = list(node) if isinstance(node, ml_collections.ConfigDict) else []
@@ -83,6 +89,11 @@ def check_fields(config: ml_collections.ConfigDict, argv: Sequence[str]) -> None
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"--config.{match[1]}: {hint}{name} has {', '.join(fields) or 'no fields'}")
       node, name = node[key], f"{name}.{key}"
+    if match[2] is not None and type(node) in _PARSERS:
+      try:
+        _PARSERS[type(node)].parse(match[2])
+      except (TypeError, ValueError):
+        raise ValueError(f"--{name}: expected {type(node).__name__} like {node!r}, got {match[2]!r}") from None
 
 
 def check_overrides(default: Any, config: Any, name: str = "config") -> None:

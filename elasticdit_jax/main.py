@@ -4,6 +4,7 @@ A config file names a task and holds every number of it; what may follow the col
 top of the file. The same command again resumes an interrupted run. Default workdir: runs/ and the name of the config.
 """
 
+import errno
 import importlib
 import logging as python_logging
 import os
@@ -28,6 +29,13 @@ TASKS = {
   "sparsify": "elasticdit_jax.train.sparsify",
 }
 
+_REMEDIES = {
+  errno.ENOSPC: "make room there, or choose another --workdir",
+  errno.EDQUOT: "make room there, or choose another --workdir",
+  errno.EACCES: "change its permissions, or choose another path",
+  errno.EROFS: "choose another --workdir",
+}
+
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/ and the name of the config.")
 flags.DEFINE_boolean("debug", False, "Show tracebacks of errors, and what the libraries log.")
@@ -50,6 +58,10 @@ def parse_flags(argv: Sequence[str]) -> str:
     config_file.check_overrides(default, FLAGS.config)
     if FLAGS.config.task not in TASKS:
       raise ValueError(f"config.task: unknown task {FLAGS.config.task!r}; expected one of {', '.join(TASKS)}")
+    if FLAGS.config.task != default.task:
+      raise ValueError(
+        f"config.task: {spec} is for {default.task!r}, got {FLAGS.config.task!r}; choose another --config"
+      )
   except (flags.Error, ValueError, TypeError) as e:
     _fail(e, "--debug" in argv)
   return re.sub(r"[^\w.]+", "-", os.path.basename(spec).replace(".py", "", 1)).strip("-")
@@ -57,22 +69,26 @@ def parse_flags(argv: Sequence[str]) -> str:
 
 def _take_config(argv: list[str]) -> str:
   """Removes --config=SPEC or --config SPEC from argv and returns SPEC."""
-  for i, arg in enumerate(argv):
-    if re.match("--?config=.", arg):
-      return argv.pop(i).partition("=")[2]
-    if re.fullmatch("--?config", arg) and i + 1 < len(argv):
-      del argv[i]
-      return argv.pop(i)
+  found = [i for i, arg in enumerate(argv) if re.fullmatch("--?config(=.*)?", arg)]
+  if len(found) > 1:
+    raise ValueError(f"--config: expected one, got {len(found)}; start one run after the other")
+  if found:
+    _, equals, spec = argv.pop(found[0]).partition("=")
+    if not equals and found[0] < len(argv):
+      spec = argv.pop(found[0])
+    if spec:
+      return spec
   raise ValueError(f"--config is missing; there are {', '.join(config_file.available())}")
 
 
 def main(name: str) -> None:
   """Runs the task of FLAGS.config."""
-  _set_up_logging()
-  _set_up_compilation_cache()
   config = FLAGS.config
   workdir = FLAGS.workdir or os.path.join("runs", name)
   try:
+    _set_up_logging()
+    _check_place(workdir)
+    _set_up_compilation_cache()
     importlib.import_module(TASKS[config.task]).run(config, workdir)
   except (ValueError, OSError, FloatingPointError) as e:
     _fail(e, FLAGS.debug or FLAGS.verbosity > 0)
@@ -85,8 +101,23 @@ def main(name: str) -> None:
 def _fail(e: Exception, show_traceback: bool) -> NoReturn:
   if show_traceback:
     traceback.print_exception(e)
-  sys.stderr.write(f"error: {' '.join(str(e).split()) or type(e).__name__}\n")
+  text = str(e)
+  if isinstance(e, OSError) and e.errno:
+    text = ": ".join(filter(None, (e.filename and os.fspath(e.filename), e.strerror)))
+    text += f"; {_REMEDIES[e.errno]}" if e.errno in _REMEDIES else ""
+  sys.stderr.write(f"error: {' '.join(text.split()) or type(e).__name__}\n")
   sys.exit(2)
+
+
+def _check_place(workdir: str) -> None:
+  """Raises ValueError where the workdir cannot be made or written to; makes nothing."""
+  there = os.path.abspath(workdir)
+  while not os.path.lexists(there):
+    there = os.path.dirname(there)
+  if not os.path.isdir(there):
+    raise ValueError(f"--workdir={workdir}: {there} is a file; choose another --workdir")
+  if not os.access(there, os.W_OK | os.X_OK):
+    raise ValueError(f"--workdir={workdir}: {there} cannot be written to; choose another --workdir")
 
 
 def _set_up_logging() -> None:

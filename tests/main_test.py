@@ -37,6 +37,8 @@ def step(state, batch, number):
 def run(config, workdir):
   if config.raises == "bad":
     raise ValueError("config.data.path: no such\\nfolder")
+  if config.raises == "full":
+    raise OSError(28, "No space left on device", "x.png")
   if config.raises == "bug":
     raise KeyError("a mistake of ours")
   os.makedirs(workdir)
@@ -81,7 +83,17 @@ class MainTest(parameterized.TestCase):
       ["--config=toy.py", "--config.nothing.at.all=5"],
       "--config.nothing.at.all: config has raises, sizes, task, train",
     ),
-    (["--config=toy.py", "--config.train.steps=abc"], "--config.train.steps=abc"),
+    (["--config=toy.py", "--config.train.steps=abc"], "--config.train.steps: expected int like 4, got 'abc'"),
+    (["--config=toy.py", "--config.train.steps=1.5"], "--config.train.steps: expected int like 4, got '1.5'"),
+    (["--config=toy.py", "--config.train.lr="], "--config.train.lr: expected float like 0.1, got ''"),
+    (["--config=toy.py", "--config.train.on=maybe"], "--config.train.on: expected bool like True, got 'maybe'"),
+    (["--config=toy.py", "--train.steps=5"], "--train.steps: unknown option; did you mean --config.train.steps?"),
+    (["--config=toy.py", "--config.task=sample"], "config.task: toy.py is for 'toy', got 'sample'; choose another"),
+    (["--config=toy.py", "--config", "toy.py"], "--config: expected one, got 2"),
+    (["--config="], "--config is missing"),
+    (["--config=toy.py", "--workdir=toy.py"], "toy.py is a file; choose another --workdir"),
+    (["--config=toy.py", "--workdir=toy.py/run"], "toy.py is a file; choose another --workdir"),
+    (["--config=toy.py", "--config.raises=full"], "x.png: No space left on device; make room there"),
     (["--config=toy.py", "--config.train={}"], "--config.train: expected the fields lr, on, steps"),
     (["--config=toy.py", "--config.train={'steps': 'a', 'lr': 1.0, 'on': True}"], "--config.train.steps: expected int"),
     (["--config=toy.py", "--config.sizes=('a', 'b')"], "--config.sizes: expected tuple like (1, 2)"),
