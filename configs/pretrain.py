@@ -23,7 +23,10 @@ def get_config(arg: str = "") -> ConfigDict:
   config.task = "pretrain"
   config.init = ""
   config.phases = ConfigDict(
-    {"coarse": {"steps": 10_000, "routes": "max-f16"}, "init": {"steps": 10_000, "routes": "max-f8,max-f16"}}
+    {
+      "coarse": {"steps": 7500, "routes": "max-f16"},
+      "init": {"steps": 7500, "routes": "max-f8,max-f8,max-f16"},
+    }
   )
   if args.debug:
     common.shrink(config)

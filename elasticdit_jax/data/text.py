@@ -1,8 +1,13 @@
 """WordEncoder: captions to `Text` without a language model, for the embedded data and small folders.
 
-Each word has one fixed unit vector derived from a cryptographic hash of its spelling. The vectors are not trained and
-the model's shape does not depend on the vocabulary, so a checkpoint reads any vocabulary; the vocabulary itself only
-serves to refuse words the model has never seen. Word order is the position in the sequence: the model adds positions.
+  token of "circle" in "a red circle":   v("circle") + roll(v("red"), 1)
+
+Every word has one fixed vector of unit variance derived from a cryptographic hash of its spelling; rolled by one
+feature it says "the word before me" (the permutation that codes order in hyperdimensional computing, Kanerva 2009). It
+stands in for the context that a language model would give: without it, who is left of whom is an interaction of three
+things (word, order, place) that training does not find. The vectors are not trained and the model's shape does not
+depend on the vocabulary, so a checkpoint reads any vocabulary; the vocabulary itself only serves to refuse words the
+model has never seen. The model adds positions.
 """
 
 import collections
@@ -20,7 +25,7 @@ from elasticdit_jax.types import Text
 
 _APOSTROPHES = re.compile("['\u2019\u02bc]")
 _WORD = re.compile(r"[^\W_]+")
-_KIND = "words"
+_KIND = "words-in-order"
 
 
 def split_words(caption: str) -> list[str]:
@@ -29,7 +34,9 @@ def split_words(caption: str) -> list[str]:
 
 
 def word_vector(word: str, dim: int) -> np.ndarray:
-  """The unit vector of a word, float32 [dim]; the same on every machine and in every version of numpy.
+  """The vector of a word, float32 [dim] of length sqrt(dim).
+
+  The same on every machine and in every version of numpy.
 
   Normal deviates by Box-Muller from the raw PCG64 stream: numpy keeps the bit stream stable across releases, but not
   what `Generator.standard_normal` makes of it.
@@ -38,7 +45,7 @@ def word_vector(word: str, dim: int) -> np.ndarray:
   raw = np.random.PCG64(seed).random_raw(2 * dim).reshape(2, dim)
   u, v = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
   normal = np.sqrt(-2.0 * np.log(u)) * np.cos(2.0 * np.pi * v)
-  return (normal / np.linalg.norm(normal)).astype(np.float32)
+  return (normal * (np.sqrt(dim) / np.linalg.norm(normal))).astype(np.float32)
 
 
 def build_vocabulary(captions: Iterable[str], max_words: int) -> tuple[str, ...]:
@@ -58,7 +65,7 @@ def build_vocabulary(captions: Iterable[str], max_words: int) -> tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class WordEncoder:
-  """Captions to fixed word vectors.
+  """Captions to fixed vectors of words and of the words before them.
 
   Attributes:
     words: the vocabulary; lower-case, without punctuation, no duplicates.
@@ -91,7 +98,7 @@ class WordEncoder:
 
   @functools.cached_property
   def _table(self) -> np.ndarray:
-    """float32 [1 + words, D]; row 0 is the absent token."""
+    """float32 [1 + words, D]: the words alone; row 0 is the absent token."""
     absent = np.zeros(self.dim, np.float32)
     return np.stack([absent] + [word_vector(word, self.dim) for word in self.words])
 
@@ -111,7 +118,10 @@ class WordEncoder:
       words = split_words(caption)
       self._check(caption, words)
       row[: len(words)] = [self._rows[word] for word in words]
-    return Text(embedding=self._table[token], mask=token > 0)
+    embedding, mask = self._table[token], token > 0
+    before = np.roll(embedding[:, :-1], 1, axis=-1)
+    embedding[:, 1:] += np.where(mask[:, 1:, None], before, 0)
+    return Text(embedding=embedding, mask=mask)
 
   def clip(self, caption: str) -> str:
     """The caption reduced to what `encode` accepts: known words only, at most L of them.
@@ -121,6 +131,8 @@ class WordEncoder:
     return " ".join([word for word in split_words(caption) if word in self._rows][: self.length])
 
   def _check(self, caption: str, words: list[str]) -> None:
+    if caption.strip() and not words:
+      raise ValueError(f"prompt {caption!r}: holds no word; use words, or '' for the null prompt")
     unknown = [word for word in dict.fromkeys(words) if word not in self._rows]
     if unknown:
       named = ", ".join(self._hint(word) for word in unknown)

@@ -16,25 +16,32 @@ class WordEncoderTest(parameterized.TestCase):
     super().setUp()
     self.encoder = text.WordEncoder(WORDS, length=5, dim=64)
 
-  def test_rows_are_the_vectors_of_the_words_in_order(self):
+  def test_rows_are_the_vectors_of_the_words_and_of_those_before_them(self):
     out = self.encoder.encode(["Two RED circles!", "a circle", ""])
     out.validate()
     self.assertEqual(out.embedding.shape, (3, 5, 64))
     self.assertEqual(out.embedding.dtype, np.float32)
     np.testing.assert_array_equal(out.mask.sum(1), [3, 2, 0])
-    for i, word in enumerate(["two", "red", "circles"]):
-      np.testing.assert_array_equal(out.embedding[0, i], text.word_vector(word, 64))
+    two, red, circles, a, circle = (text.word_vector(w, 64) for w in ("two", "red", "circles", "a", "circle"))
+    expected = [two, red + np.roll(two, 1), circles + np.roll(red, 1)]
+    np.testing.assert_allclose(out.embedding[0, :3], expected, rtol=1e-6)
+    np.testing.assert_allclose(out.embedding[1, :2], [a, circle + np.roll(a, 1)], rtol=1e-6)
     np.testing.assert_array_equal(out.embedding[~out.mask], 0.0)
 
-  def test_vectors_are_unit_and_nearly_orthogonal(self):
+  def test_a_word_tells_who_came_before_it(self):
+    out = self.encoder.encode(["red circle left of blue", "blue circle left of red"]).embedding
+    differ = np.any(out[0] != out[1], axis=-1)
+    np.testing.assert_array_equal(differ, [True, True, False, False, True])
+
+  def test_vectors_have_unit_variance_and_are_nearly_orthogonal(self):
     table = np.stack([text.word_vector(w, 64) for w in WORDS])
-    gram = table @ table.T
+    gram = table @ table.T / 64
     np.testing.assert_allclose(np.diag(gram), 1.0, atol=1e-6)
     self.assertLess(np.abs(gram - np.diag(np.diag(gram))).max(), 0.5)
 
   def test_vectors_never_change(self):
     # Shipped weights were trained with these numbers.
-    np.testing.assert_allclose(text.word_vector("red", 4), [-0.48692554, 0.50456715, 0.7032277, -0.11741498], atol=1e-6)
+    np.testing.assert_allclose(text.word_vector("red", 4), [-0.97385108, 1.0091343, 1.4064554, -0.23482996], atol=2e-6)
     code = "from elasticdit_jax.data import text; print(text.word_vector('circle', 8).tobytes().hex())"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     self.assertEqual(other, text.word_vector("circle", 8).tobytes().hex())
@@ -53,6 +60,11 @@ class WordEncoderTest(parameterized.TestCase):
       self.encoder.encode(["a a a a a a"])
     with self.assertRaisesRegex(ValueError, "list"):
       self.encoder.encode("a red circle")
+
+  def test_signs_alone_are_no_prompt(self):
+    with self.assertRaisesRegex(ValueError, "prompt '!!!': holds no word"):
+      self.encoder.encode(["a circle", "!!!"])
+    self.assertFalse(self.encoder.encode([" "]).mask.any())
 
   def test_clip_gives_what_encode_accepts(self):
     clipped = self.encoder.clip("A red unicorn, left of two blue circles and more")
