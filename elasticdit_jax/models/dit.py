@@ -200,7 +200,8 @@ class ElasticDiT(nn.Module):
     c = Conditioning(cfg, name="conditioning")(t, text, text_mask, route.vae)
     image = nn.Dense(cfg.width, name="image_in")(patchify(x, cfg.patch))
     image = image + nn.Dense(cfg.width, use_bias=False, name="position")(rope.position_features(centres))
-    place = self.param("text_position", nn.initializers.normal(0.02), (cfg.text_length, cfg.width))
+    # Of the size of the words: with smaller places, order is learned late.
+    place = self.param("text_position", nn.initializers.normal(0.5), (cfg.text_length, cfg.width))
     words = nn.Dense(cfg.width, name="text_in")(text) + place[: text.shape[1]]
     modulation = _zeros_dense(len(STREAMS) * 6 * cfg.width, "modulation")(c).reshape(-1, len(STREAMS), 6, cfg.width)
 
