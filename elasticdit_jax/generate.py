@@ -37,6 +37,7 @@ from elasticdit_jax.models import dit
 from elasticdit_jax.models.codec import Codec, to_uint8
 from elasticdit_jax.types import Text
 
+_MOST_TOKENS = 2**16  # a slip of the keyboard should not end in the machine's memory running out
 SOLVERS = {"euler": sampler.euler, "heun": sampler.heun, "ab2": sampler.ab2}
 
 
@@ -194,8 +195,8 @@ class Pipeline:
     model, chosen = self.model, self.select(route)
     if solver not in SOLVERS:
       raise ValueError(f"solver: unknown solver {solver!r}; expected one of {', '.join(SOLVERS)}")
-    if not math.isfinite(guidance):
-      raise ValueError(f"guidance: expected a finite number, got {guidance}; 1 switches guidance off")
+    if not 0 <= guidance < math.inf:
+      raise ValueError(f"guidance: expected a finite number of at least 0, got {guidance}; 1 switches guidance off")
     if not 0 <= seed < 2**32:
       raise ValueError(f"seed: expected 0 .. {2**32 - 1}, got {seed}")
     rows, columns = latent_grid(model.size if size is None else size, chosen, model.cfg.patch)
@@ -231,6 +232,9 @@ def latent_grid(size: int | tuple[int, int], route: Route, patch: int) -> tuple[
     raise ValueError(
       f"size: {height}x{width}: route {route.name!r} needs multiples of {need} pixels; the nearest is {nearest}"
     )
+  if (height // need) * (width // need) > _MOST_TOKENS:
+    most = need * math.isqrt(_MOST_TOKENS)
+    raise ValueError(f"size: {height}x{width}: expected at most {most}x{most} along route {route.name!r}")
   return height // route.vae, width // route.vae
 
 

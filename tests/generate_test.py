@@ -99,7 +99,10 @@ class PipelineTest(parameterized.TestCase):
     ({"size": (64, 24), "route": "lite-f8"}, "multiples of 16 pixels; the nearest is 64x32"),
     ({"size": 8}, "the nearest is 32x32"),
     ({"steps": 0}, "steps: expected at least 1, got 0"),
+    ({"size": 2**20, "route": "lite-f16"}, "1048576x1048576: expected at most 8192x8192 along"),
     ({"guidance": float("nan")}, "guidance: expected a finite number"),
+    ({"guidance": -1.0}, "guidance: expected a finite number of at least 0, got -1.0"),
+    ({"prompts": "?!"}, "holds no word"),
     ({"seed": -1}, "seed: expected 0"),
     ({"solver": "rk4"}, "unknown solver 'rk4'; expected one of euler, heun, ab2"),
   )

@@ -257,22 +257,29 @@ def source_from_config(data) -> tuple[Source, Source, WordEncoder]:
     Training source, validation source (other scenes, or held-out files) and the encoder of their captions.
 
   Raises:
-    ValueError: for an unknown source, a folder without a path, and everything that is wrong with the folder.
+    ValueError: for an unknown source, a folder without a path or a path without its source, and everything that is
+      wrong with the folder.
   """
   if data.source not in SOURCES:
     raise ValueError(f"data.source: unknown source {data.source!r}; expected one of {', '.join(SOURCES)}")
+  if data.source == "scenes" and data.path:
+    raise ValueError(f"data.path: source 'scenes' reads no folder, got {data.path!r}; add --config.data.source=folder")
   if data.source == "scenes":
     train = ScenesSource(_derive(data.seed, "train"), data.size, data.split)
     validation = ScenesSource(_derive(data.seed, "validation"), data.size, data.split)
     if data.text_length < scenes.MAX_WORDS:
       raise ValueError(f"data.text_length: scenes need at least {scenes.MAX_WORDS} words, got {data.text_length}")
-    train.read(
-      np.zeros(0, np.int64)
-    )  # a size that cannot be rendered is refused now, not by a thread at the first step
+    try:  # what cannot be rendered is refused now, not by a thread at the first step
+      train.read(np.zeros(0, np.int64))
+    except ValueError as e:
+      raise ValueError(f"data.{e}") from None
     return train, validation, WordEncoder(scenes.VOCABULARY, data.text_length, data.text_dim)
   if not data.path:
     raise ValueError("data.path: source 'folder' needs a folder of pictures, got ''; add --config.data.path=DIR")
   folder = FolderSource(data.path, data.size, data.caption_field, max_bad_fraction=data.max_bad_fraction)
   train, validation = folder.split()
-  words = build_vocabulary(folder.captions, data.max_words)
+  try:
+    words = build_vocabulary(folder.captions, data.max_words)
+  except ValueError as e:
+    raise ValueError(f"data.path: {data.path}: {e}") from None
   return train, validation, WordEncoder(words, data.text_length, data.text_dim)

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from elasticdit_jax import elastic
 from elasticdit_jax.data.text import WordEncoder
@@ -105,15 +106,31 @@ def _replaceable(path: str) -> bool:
   return not names or "model.json" in names or any(f"vae_f{factor}.safetensors" in names for factor in VAE_FACTORS)
 
 
+def locate(path: str | os.PathLike, file: str) -> str:
+  """The directory that holds a file of a model: `path`, or the model inside a training run; `path` where neither does.
+
+  A kill between the two renames of `save` leaves nothing in its place, but the new directory, complete, and the old one
+  beside it: the new one is taken.
+  """
+  path = os.fspath(path).rstrip("/") or "/"
+  for base in (path, f"{path}/model"):
+    if os.path.isfile(f"{base}/{file}"):
+      return base
+    if os.path.isdir(f"{base}.old") and not os.path.lexists(base):
+      for rest in (f"{base}.partial", f"{base}.old"):
+        if os.path.isfile(f"{rest}/model.json") and os.path.isfile(f"{rest}/{file}"):
+          logging.warning("%s was interrupted while it was replaced; reading %s", base, rest)
+          return rest
+  return path
+
+
 def load(path: str | os.PathLike) -> Model:
   """Reads a model directory, or the one inside a training run.
 
   Raises:
     ValueError: where the directory or a file in it is missing or damaged, or weights do not fit model.json.
   """
-  path = os.fspath(path)
-  if not os.path.isfile(f"{path}/model.json") and os.path.isfile(f"{path}/model/model.json"):
-    path = f"{path}/model"
+  path = locate(path, "model.json")
   described = _read_json(path)
   try:
     cfg = dit.DiTConfig(**described["dit"])
@@ -166,14 +183,15 @@ def save_codecs(path: str | os.PathLike, codecs: Mapping[int, Codec], dtype: str
 
 
 def load_codecs(path: str | os.PathLike) -> dict[int, Codec]:
-  """Reads every vae_f*.safetensors of a directory.
+  """Reads every vae_f*.safetensors of a directory, or of the model inside a training run.
 
   Raises:
     ValueError: where there is none, or one is damaged or does not fit its own description.
   """
   codecs = {}
   for factor in VAE_FACTORS:
-    file = f"{os.fspath(path)}/vae_f{factor}.safetensors"
+    name = f"vae_f{factor}.safetensors"
+    file = f"{locate(path, name)}/{name}"
     if os.path.isfile(file):
       codecs[factor] = _load_codec(file)
   if not codecs:
@@ -211,7 +229,7 @@ def _read_json(path: str) -> dict:
   try:
     with open(f"{path}/model.json") as f:
       described = json.load(f)
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
     raise ValueError(
       f"checkpoint: no model.json in {path}; expected a model directory or the workdir of a finished training run"
     ) from None

@@ -140,9 +140,9 @@ def init_directory(config: Any) -> str | None:
   if not config.init:
     return None
   path = weight_path(config.init)
-  for directory in (path, f"{path}/model"):
-    if os.path.isfile(f"{directory}/dit.safetensors"):
-      return directory
+  directory = model_dir.locate(path, "dit.safetensors")
+  if os.path.isfile(f"{directory}/dit.safetensors"):
+    return directory
   raise ValueError(f"config.init: no dit.safetensors in {path}; give a model directory, 'shipped', or '' for random")
 
 

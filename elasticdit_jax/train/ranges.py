@@ -11,8 +11,14 @@ def _at_least(least: float) -> Callable[[float], bool]:
 
 # Field of a training config -> what it must satisfy, in code and in words.
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+  "seed": (lambda x: 0 <= x < 2**32, "a number from 0 to 4294967295"),
+  "data.size": (lambda x: 0 < x <= 16384, "1 to 16384 pixels"),
   "data.batch_size": (_at_least(1), "at least 1 picture"),
   "data.caption_dropout": (lambda x: 0 <= x <= 1, "a share in [0, 1]"),
+  "data.max_bad_fraction": (lambda x: 0 <= x <= 1, "a share in [0, 1]"),
+  "data.text_length": (_at_least(1), "at least 1 word"),
+  "data.text_dim": (_at_least(1), "at least 1 feature"),
+  "data.max_words": (_at_least(1), "at least 1 word"),
   "flow.mean": (math.isfinite, "a finite number"),
   "flow.std": (lambda x: 0 < x < math.inf, "a positive number"),
   "flow.shift": (lambda x: 0 < x < math.inf, "a positive number"),
@@ -22,7 +28,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
   "loss.energy": (_at_least(0), "zero or a positive number"),
   "report.per_task": (_at_least(0), "a number of prompts, or 0 for no scores"),
   "report.steps": (_at_least(1), "at least 1 step"),
-  "report.guidance": (math.isfinite, "a finite number; 1 switches guidance off"),
+  "report.guidance": (_at_least(0), "a finite number of at least 0; 1 switches guidance off"),
   "report.pictures": (_at_least(1), "at least 1 picture"),
   "train.steps": (_at_least(1), "at least 1 step"),
   "train.ema_decay": (lambda x: 0 <= x < 1, "a share in [0, 1)"),
@@ -41,7 +47,7 @@ def check_ranges(config: Any) -> None:
     ValueError: naming the first field outside its range, what it got and what it expected.
   """
   for field, (good, expected) in _RANGES.items():
-    section, name = field.split(".")
-    value = config.get(section, {}).get(name)
+    section, _, name = field.rpartition(".")
+    value = (config.get(section, {}) if section else config).get(name)
     if value is not None and not good(value):
       raise ValueError(f"config.{field}: expected {expected}, got {value!r}")

@@ -31,7 +31,7 @@ from elasticdit_jax.train.writer import Writer
 
 # May differ between two starts of one run. The other fields of `report` say what a snapshot measures, and the snapshots
 # of a run are compared.
-NEUTRAL = ("train.log_every", "train.save_every", "report.per_task")
+NEUTRAL = ("train.log_every", "train.save_every", "report.per_task", "data.max_bad_fraction")
 
 
 def run(config: Any, workdir: str) -> None:
@@ -124,7 +124,8 @@ class Run:
     importance = None
     if n == self._analysis_step:
       importance = self._analyse(current)
-    label = next((f"after {p.label}" for p in self.table if p.stop == n), "given weights")
+    given = "given weights" if self.job.config.init else "random weights"
+    label = next((f"after {p.label}" for p in self.table if p.stop == n), given)
     self.snapshots.take(n, label, current.ema, self.routes, importance)
     if n == self.stop:
       model = self.job.model(current.ema, self.routes, {"task": self.job.config.task, "steps": str(n)})

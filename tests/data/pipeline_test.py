@@ -205,11 +205,21 @@ class SourceFromConfigTest(parameterized.TestCase):
     self.assertLen(encoder.words, 30)
     take(train, encoder, 1)
 
+  def test_captions_without_a_word(self):
+    path = pictures.new_folder(self)
+    pictures.picture(0).save(os.path.join(path, "a.png"))
+    with open(os.path.join(path, "a.txt"), "w") as f:
+      f.write("!!!")
+    with self.assertRaisesRegex(ValueError, f"^data.path: {path}: captions: expected at least one word"):
+      pipeline.source_from_config(self.config(source="folder", path=path))
+
   @parameterized.parameters(
     ({"source": "web"}, "data.source: unknown source 'web'; expected one of scenes, folder"),
     ({"source": "folder"}, "data.path: .*--config.data.path="),
     ({"source": "folder", "path": "/nowhere"}, "data.path: no folder /nowhere"),
-    ({"size": 33}, "size: got 33"),
+    ({"path": "/pictures"}, "data.path: source 'scenes' reads no folder, got '/pictures'; add --config.data.source="),
+    ({"size": 33}, "^data.size: got 33"),
+    ({"split": "test"}, "^data.split: got 'test'"),
     ({"text_length": 2}, "data.text_length"),
   )
   def test_mistakes(self, changes, pattern):

@@ -124,6 +124,32 @@ class ModelDirTest(parameterized.TestCase):
     model_dir.save(self.path, _model())
     self.assertEqual(os.listdir(self.root), ["model"])
 
+  def test_a_kill_between_the_renames_loses_nothing(self):
+    old = _model()
+    new = dataclasses.replace(old, size=64)
+    for place in ("here", "run/model"):
+      path = f"{self.root}/{place}"
+      model_dir.save(path, old)
+      replace = os.replace
+
+      def killed(source, target, path=path, replace=replace):
+        if target == path:
+          raise KeyboardInterrupt
+        replace(source, target)
+
+      with mock.patch.object(os, "replace", killed), self.assertRaises(KeyboardInterrupt):
+        model_dir.save(path, new)
+      self.assertFalse(os.path.exists(path))
+      with self.assertLogs(level="WARNING") as logged:
+        self.assertEqual(model_dir.load(path.removesuffix("/model")).size, 64)
+      self.assertIn(f"{path} was interrupted", logged.output[0])
+      self.assertEqual(list(model_dir.load_codecs(path)), [8, 16])
+      os.remove(f"{path}.partial/model.json")  # a later save was killed as well
+      self.assertEqual(model_dir.load(path).size, 128)
+      model_dir.save(path, new)
+      self.assertEqual(model_dir.load(path).size, 64)
+      self.assertEqual([p for p in os.listdir(os.path.dirname(path)) if p.endswith((".old", ".partial"))], [])
+
   def test_what_is_no_model_directory_is_not_replaced(self):
     self.path.mkdir()
     model_dir.save(self.path, _model())

@@ -9,10 +9,14 @@ _CONFIGS = (uwco.get_config(), uwco.get_config("paper"), pretrain.get_config(), 
 
 
 def _changed(config, field, value):
-  section, name = field.split(".")
+  section, _, name = field.rpartition(".")
   changed = config.copy_and_resolve_references().unlock()
-  changed[section][name] = value
+  _section(changed, section)[name] = value
   return changed
+
+
+def _section(config, name):
+  return config.get(name, {}) if name else config
 
 
 class RangesTest(parameterized.TestCase):
@@ -24,18 +28,21 @@ class RangesTest(parameterized.TestCase):
     known = {
       f"{section}.{name}" for c in _CONFIGS for section in c if hasattr(c[section], "keys") for name in c[section]
     }
-    self.assertEmpty(set(ranges._RANGES) - known)
+    self.assertEmpty(set(ranges._RANGES) - known - {"seed"})
 
   @parameterized.parameters(sorted(ranges._RANGES))
   def test_a_value_outside_is_named(self, field):
-    section, name = field.split(".")
-    config = next(c for c in _CONFIGS if name in c.get(section, {}))
-    value = float("nan") if isinstance(config[section][name], float) else -1
+    section, _, name = field.rpartition(".")
+    config = next(c for c in _CONFIGS if name in _section(c, section))
+    value = float("nan") if isinstance(_section(config, section)[name], float) else -1
     with self.assertRaisesRegex(ValueError, rf"^config\.{field}: expected .*, got {value!r}$"):
       ranges.check_ranges(_changed(config, field, value))
 
   @parameterized.parameters(
+    ("seed", 2**32),
+    ("data.size", 16385),
     ("data.caption_dropout", 1.5),
+    ("report.guidance", -0.5),
     ("flow.std", 0.0),
     ("flow.shift", 0.0),
     ("report.pictures", 0),
