@@ -7,17 +7,25 @@ Several implementations answer to one contract; the dense-mask reference is the 
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from elasticdit_jax.ops import placement
 from elasticdit_jax.ops.attention import check_qkv
+from elasticdit_jax.ops.sparse_attention_pallas_tpu import obstacle, sparse_attention_pallas_tpu
 from elasticdit_jax.ops.sparse_attention_reference import sparse_attention_reference
 from elasticdit_jax.ops.sparse_attention_xla import sparse_attention_xla
 from elasticdit_jax.types import Array
 
-_IMPLEMENTATIONS = {"reference": sparse_attention_reference, "xla": sparse_attention_xla}
-_MISSING = {"pallas_tpu": "the TPU kernel is not part of this version"}
+_IMPLEMENTATIONS = {
+  "reference": sparse_attention_reference,
+  "xla": sparse_attention_xla,
+  "pallas_tpu": sparse_attention_pallas_tpu,
+  "pallas_tpu_interpret": partial(sparse_attention_pallas_tpu, interpret=True),
+}
 
 
 def sparse_attention(
@@ -32,6 +40,8 @@ def sparse_attention(
   key_mask: Array | None = None,
   scale: float | None = None,
   implementation: str | None = None,
+  batch_axes: placement.Axes = None,
+  head_axes: placement.Axes = None,
 ) -> jax.Array:
   """Joint attention in which every block of image queries reads all text keys and its listed image blocks only.
 
@@ -49,8 +59,12 @@ def sparse_attention(
     text_mask: bool [B, text_len], True where a text token is present; None where all are.
     key_mask: bool [B or 1, Tb * block_size], True where an image token is real (BlockGrid.valid); None where all are.
     scale: head_dim ** -0.5 where None.
-    implementation: "reference" (dense mask, float32, for tests), "xla" (any platform), or None for the best one that
-      works here.
+    implementation: "reference" (dense mask, float32, for tests), "xla" (any platform), "pallas_tpu" (kernels for TPU),
+      "pallas_tpu_interpret" (the same kernels step by step on any platform, for tests), or None for the best one that
+      works here: the kernels on a TPU where the shapes suit them, else "xla".
+    batch_axes: where the program is split over devices, the mesh axes (jax.set_mesh) over which B is split.
+    head_axes: the mesh axes over which heads are split. With either, every device attends to its own samples and heads
+      under jax.shard_map, which the kernels need and the scan of "xla" profits from.
 
   Returns:
     Like q, in its dtype. Queries that are padding or absent text get what an ordinary query would get; a query without
@@ -61,23 +75,43 @@ def sparse_attention(
     NotImplementedError: where a named implementation cannot run, saying why.
   """
   _check(q, k, v, kept, text_len, block_size, text_mask, key_mask)
-  if implementation in _MISSING:
-    raise NotImplementedError(f"implementation={implementation!r}: {_MISSING[implementation]}; use None or 'xla'")
-  if implementation is not None and implementation not in _IMPLEMENTATIONS:
-    names = ", ".join(sorted({*_IMPLEMENTATIONS, *_MISSING}))
-    raise ValueError(f"implementation: expected None or one of {names}, got {implementation!r}")
-  attend = _IMPLEMENTATIONS[implementation or "xla"]
-  return attend(
-    q,
-    k,
-    v,
-    kept,
+  attend = partial(
+    _attend,
     text_len=text_len,
     block_size=block_size,
-    text_mask=None if text_mask is None or not text_len else jnp.asarray(text_mask),
-    key_mask=None if key_mask is None else jnp.broadcast_to(key_mask, (q.shape[0], q.shape[1] - text_len)),
     scale=1 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
+    implementation=implementation,
   )
+  masks = {
+    "text_mask": None if text_mask is None or not text_len else jnp.asarray(text_mask),
+    "key_mask": None if key_mask is None else jnp.broadcast_to(key_mask, (q.shape[0], q.shape[1] - text_len)),
+  }
+  if batch_axes is None and head_axes is None:
+    return attend(q, k, v, kept, **masks)
+  return placement.over_batch_and_heads(attend, q, k, v, kept, masks, batch_axes=batch_axes, head_axes=head_axes)
+
+
+def _attend(q, k, v, kept, *, text_len, block_size, implementation, **options) -> jax.Array:
+  attend = _choose(implementation, q, kept, text_len, block_size)
+  return attend(q, k, v, kept, text_len=text_len, block_size=block_size, **options)
+
+
+def _choose(
+  implementation: str | None, q: Array, kept: Array, text_len: int, block_size: int
+) -> Callable[..., jax.Array]:
+  """The implementation by name, or the best one for these shapes, which are those on one device."""
+  if implementation is None:
+    suits = placement.platform() == "tpu" and obstacle(q, kept, text_len, block_size) is None
+    implementation = "pallas_tpu" if suits else "xla"
+  if implementation not in _IMPLEMENTATIONS:
+    names = ", ".join(sorted(_IMPLEMENTATIONS))
+    raise ValueError(f"implementation: expected None or one of {names}, got {implementation!r}")
+  if implementation == "pallas_tpu" and placement.platform() != "tpu":
+    raise NotImplementedError(
+      f"implementation='pallas_tpu': runs on a TPU, this is a {placement.platform()}; use None or 'xla', or "
+      "'pallas_tpu_interpret' to test"
+    )
+  return _IMPLEMENTATIONS[implementation]
 
 
 def _check(q, k, v, kept, text_len, block_size, text_mask, key_mask) -> None:

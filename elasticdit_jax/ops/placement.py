@@ -1,0 +1,76 @@
+"""Where a program will run, for code that XLA cannot place by itself: hand-written kernels.
+
+A kernel is opaque to XLA's partitioner: in a program split over devices it has to say itself which axes are split. This
+is why this file, beside train/sharding.py, speaks of meshes: it reads the one the caller has set and owns none.
+"""
+
+from collections.abc import Callable
+
+import jax
+from jax.sharding import PartitionSpec
+
+from elasticdit_jax.types import Array
+
+# Names of one or several mesh axes over which an array axis is split; None for not split.
+Axes = str | tuple[str, ...] | None
+
+
+def platform() -> str:
+  """Of what the program will run on, say "tpu" or "cpu": the mesh set by jax.set_mesh, else the default backend."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
+def over_batch_and_heads(
+  attend: Callable[..., jax.Array],
+  q: Array,
+  k: Array,
+  v: Array,
+  kept: Array,
+  masks: dict[str, Array | None],
+  *,
+  batch_axes: Axes,
+  head_axes: Axes,
+) -> jax.Array:
+  """attend(q, k, v, kept, **masks) on every device's own samples and heads, under jax.shard_map: no communication.
+
+  Args:
+    attend: the attention of the samples and heads that it is given.
+    q: [B, T, heads, head_dim].
+    k: like q.
+    v: like q.
+    kept: [B, heads or 1, Tb, num_kept].
+    masks: arrays [B, ...], or None.
+    batch_axes: mesh axes over which B is split.
+    head_axes: mesh axes over which heads are split.
+
+  Returns:
+    Like q, split like q.
+
+  Raises:
+    ValueError: without a mesh, for an axis it does not have, or one that does not divide what it splits.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  for name, axes, size in (("batch_axes", batch_axes, q.shape[0]), ("head_axes", head_axes, q.shape[2])):
+    _check_axes(name, axes, size, mesh)
+  tokens = PartitionSpec(batch_axes, None, head_axes, None)
+  lists = PartitionSpec(batch_axes, None if kept.shape[1] == 1 else head_axes, None, None)
+  given = {name: mask for name, mask in masks.items() if mask is not None}
+  # Replication is not tracked: kernels do not declare it.
+  split = jax.shard_map(
+    lambda q, k, v, kept, given: attend(q, k, v, kept, **{**dict.fromkeys(masks), **given}),
+    in_specs=(tokens, tokens, tokens, lists, dict.fromkeys(given, PartitionSpec(batch_axes))),
+    out_specs=tokens,
+    check_vma=False,
+  )
+  return split(q, k, v, kept, given)
+
+
+def _check_axes(name: str, axes: Axes, size: int, mesh: jax.sharding.AbstractMesh) -> None:
+  for axis in (axes,) if isinstance(axes, str) else axes or ():
+    if axis not in mesh.axis_names:
+      have = ", ".join(map(repr, mesh.axis_names)) or "none: call jax.set_mesh first"
+      raise ValueError(f"{name}: expected axes of the current mesh ({have}), got {axis!r}")
+    if size % mesh.shape[axis]:
+      raise ValueError(f"{name}: axis {axis!r} of {mesh.shape[axis]} devices does not divide the {size} it splits")
+    size //= mesh.shape[axis]
