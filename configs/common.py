@@ -92,7 +92,7 @@ def tiny_elastic(*, batch_size: int) -> ConfigDict:
   config.vae = "shipped"
   config.model = ConfigDict({"size": "tiny", "remat": "none", "dtype": "float32"})
   config.data = scenes_data(seed=0, size=128, batch_size=batch_size)
-  config.flow = ConfigDict({"mean": 0.0, "std": 1.0, "shift": 6.0, "tokens": 64})
+  config.flow = ConfigDict({"mean": 0.0, "std": 1.2, "shift": 10.0, "tokens": 64})
   config.optimizer = adamw(learning_rate=3e-3, warmup_steps=50, decay_fraction=0.3, weight_decay=0.01)
   config.optimizer.name = "muon"
   config.lite = ConfigDict({"skip": 2})

@@ -24,8 +24,8 @@ def get_config(arg: str = "") -> ConfigDict:
   config.init = ""
   config.phases = ConfigDict(
     {
-      "coarse": {"steps": 7500, "routes": "max-f16"},
-      "init": {"steps": 7500, "routes": "max-f8,max-f8,max-f16"},
+      "coarse": {"steps": 3000, "routes": "max-f16"},
+      "init": {"steps": 5500, "routes": "max-f8,max-f8,max-f16"},
     }
   )
   if args.debug:
