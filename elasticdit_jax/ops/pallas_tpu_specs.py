@@ -25,6 +25,8 @@ _KINDS = {
   **dict.fromkeys(("log_total", "delta"), "stats"),
   **dict.fromkeys(("text_log_total", "text_delta"), "text_stats"),
 }
+# Beyond the estimate; what is not reserved is left to the compiler for the programs around.
+_MARGIN = 16 * 2**20
 _FLOAT32 = ("stats", "text_stats", "key_bias", "text_bias")
 
 
@@ -34,6 +36,7 @@ class Specs:
   def __init__(self, plan: Plan, backward: bool):
     self._plan = plan
     self._buffers = plan.buffers(backward)
+    self._vmem = min(VMEM_BYTES, plan.vmem_bytes(backward, self._buffers) + _MARGIN)
 
   def block(self, name: str) -> pl.BlockSpec:
     """What one step of the grid sees of the array."""
@@ -73,7 +76,7 @@ class Specs:
 
   def compiler_params(self) -> pltpu.CompilerParams:
     """Tiles of one head follow each other on one core; heads and samples may go to several."""
-    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES)
+    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=self._vmem)
 
   def _mode(self) -> pl.Buffered | None:
     return None if self._buffers == 2 else pl.Buffered(self._buffers)

@@ -21,6 +21,14 @@ def platform() -> str:
   return jax.default_backend() if device is None else device.platform
 
 
+def on_one_device() -> bool:
+  """Whether code traced here surely sees the arrays of one device: alone, or inside a jax.shard_map of all axes."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if not mesh.axis_names:
+    return jax.device_count() == 1
+  return all(size == 1 or axis in mesh.manual_axes for axis, size in mesh.shape.items())
+
+
 def over_batch_and_heads(
   attend: Callable[..., jax.Array],
   q: Array,

@@ -61,7 +61,8 @@ def sparse_attention(
     scale: head_dim ** -0.5 where None.
     implementation: "reference" (dense mask, float32, for tests), "xla" (any platform), "pallas_tpu" (kernels for TPU),
       "pallas_tpu_interpret" (the same kernels step by step on any platform, for tests), or None for the best one that
-      works here: the kernels on a TPU where the shapes suit them, else "xla".
+      works here: the kernels on a TPU where the shapes suit them and no other device takes part (or with the axes
+      below), else "xla".
     batch_axes: where the program is split over devices, the mesh axes (jax.set_mesh) over which B is split.
     head_axes: the mesh axes over which heads are split. With either, every device attends to its own samples and heads
       under jax.shard_map, which the kernels need and the scan of "xla" profits from.
@@ -101,7 +102,8 @@ def _choose(
 ) -> Callable[..., jax.Array]:
   """The implementation by name, or the best one for these shapes, which are those on one device."""
   if implementation is None:
-    suits = placement.platform() == "tpu" and obstacle(q, kept, text_len, block_size) is None
+    kernels = placement.platform() == "tpu" and placement.on_one_device()
+    suits = kernels and obstacle(q, kept, text_len, block_size) is None
     implementation = "pallas_tpu" if suits else "xla"
   if implementation not in _IMPLEMENTATIONS:
     names = ", ".join(sorted(_IMPLEMENTATIONS))

@@ -15,13 +15,15 @@ from elasticdit_jax.ops.pallas_tpu_forward import forward
 from elasticdit_jax.ops.pallas_tpu_plan import Plan
 from elasticdit_jax.types import Array
 
-# Query blocks in one step of the grid: more hide the fixed cost of a step and overlap better, in longer code.
+# Query blocks in one step of the grid: more hide the fixed cost of a step and overlap better, but are longer code. Long
+# lists are long code already and hide more by themselves.
 _TILE = 4
+_LONG_LIST, _TILE_LONG = 2048, 2
 
 
 def obstacle(q: Array, kept: Array, text_len: int, block_size: int) -> str | None:
   """Why a TPU cannot run the kernels on arrays of these shapes; None where it can."""
-  plan = _plan(q, kept, text_len, block_size, scale=1.0)
+  plan = plan_of(q, kept, text_len, block_size)
   return pallas_tpu_plan.obstacle(plan, jnp.dtype(q.dtype).name)
 
 
@@ -49,7 +51,7 @@ def sparse_attention_pallas_tpu(
   reason = None if interpret else obstacle(q, kept, text_len, block_size)
   if reason:
     raise NotImplementedError(f"implementation='pallas_tpu': {reason}; use None or 'xla'")
-  plan = _plan(
+  plan = plan_of(
     q,
     kept,
     text_len,
@@ -78,10 +80,13 @@ def sparse_attention_pallas_tpu(
   return jnp.concatenate([_from_lanes(out["text_out"], text_len, q), image], axis=1)
 
 
-def _plan(q: Array, kept: Array, text_len: int, block_size: int, scale: float, **options) -> Plan:
+def plan_of(q: Array, kept: Array, text_len: int, block_size: int, scale: float = 1.0, **options) -> Plan:
+  """Sizes of the kernels for arrays of these shapes; options are further fields of Plan."""
   batch, tokens, heads, head_dim = q.shape
   pack = 2 if 2 * head_dim <= pallas_tpu_plan.LANES else 1
   blocks = (tokens - text_len) // block_size
+  text = -(-text_len // block_size) * block_size
+  tile = _TILE if text + kept.shape[3] * block_size <= _LONG_LIST else _TILE_LONG
   return Plan(
     batch=batch,
     heads=-(-heads // pack) * pack,
@@ -91,8 +96,8 @@ def _plan(q: Array, kept: Array, text_len: int, block_size: int, scale: float, *
     block=block_size,
     blocks=blocks,
     kept=kept.shape[3],
-    text=-(-text_len // block_size) * block_size,
-    tile=min(_TILE, blocks),
+    text=text,
+    tile=min(tile, blocks),
     scale=scale,
     itemsize=jnp.dtype(q.dtype).itemsize,
     **{"key_bias": False, "text_bias": False, **options},

@@ -1,6 +1,6 @@
 """One contract, every implementation: against the dense-mask oracle, and the oracle against JAX's own attention."""
 
-import contextlib
+from functools import partial
 from unittest import mock
 
 import jax
@@ -52,33 +52,30 @@ def compiled(kept, options, weight, implementation):
     (_, out), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
     return out, *grads
 
-  return jax.jit(run, compiler_options=ONCE if implementation == "reference" else None)
+  return jax.jit(run, compiler_options=None if implementation == "xla" else ONCE)
 
 
-def chunks_of(logits):
-  return mock.patch.dict(sparse_attention_xla._CHUNK_LOGITS, {jax.default_backend(): logits})
+def compare(test, case, name):
+  """Output and gradients of one implementation, in two calls, against the oracle; returns both results."""
+  qkv, kept, options, weight = case
+  expected = compiled(kept, options, weight, "reference")(*(x.astype(jnp.float32) for x in qkv))
+  run = compiled(kept, options, weight, name)
+  result, again = run(*qkv), run(*qkv)
+  for what, a, b, e in zip(("out", "dq", "dk", "dv"), result, again, expected, strict=True):
+    test.assertEqual(a.dtype, qkv[0].dtype)
+    np.testing.assert_array_equal(a, b, err_msg=f"{name} {what} differs between two calls")
+    error = float(jnp.max(jnp.abs(a.astype(jnp.float32) - e)) / jnp.maximum(1.0, jnp.max(jnp.abs(e))))
+    test.assertLess(error, TOLERANCE[qkv[0].dtype.type], f"{name} {what}")
+  return result, expected
 
 
 class ImplementationTest(parameterized.TestCase):
-  """Cases for any implementation; a further one needs one more name."""
+  """Cases for any implementation: a further one is a subclass with its name."""
 
-  implementations = ("xla",)
+  implementation = "xla"
 
-  def check(self, case, chunk=None):
-    qkv, kept, options, weight = case
-    expected = compiled(kept, options, weight, "reference")(*(x.astype(jnp.float32) for x in qkv))
-    results = {"reference": expected}
-    for name in self.implementations:
-      run = compiled(kept, options, weight, name)
-      with chunks_of(chunk) if chunk else contextlib.nullcontext():
-        results[name], again = run(*qkv), run(*qkv)
-      tolerance = TOLERANCE[qkv[0].dtype.type]
-      for what, a, b, e in zip(("out", "dq", "dk", "dv"), results[name], again, expected, strict=True):
-        self.assertEqual(a.dtype, qkv[0].dtype)
-        np.testing.assert_array_equal(a, b, err_msg=f"{name} {what} differs between two calls")
-        error = float(jnp.max(jnp.abs(a.astype(jnp.float32) - e)) / jnp.maximum(1.0, jnp.max(jnp.abs(e))))
-        self.assertLess(error, tolerance, f"{name} {what}")
-    return results
+  def check(self, case):
+    return compare(self, case, self.implementation)
 
   @parameterized.named_parameters(
     ("square", (8, 8, 2, 4), {}),
@@ -91,10 +88,6 @@ class ImplementationTest(parameterized.TestCase):
   )
   def test_equals_reference(self, shape, options):
     self.check(make_case(*shape, **options))
-
-  @parameterized.parameters((1, (4, 4, 2, 2)), (700, (5, 7, 2, 3)))
-  def test_any_chunk_size_gives_the_same(self, chunk, shape):
-    self.check(make_case(*shape), chunk=chunk)
 
   @parameterized.parameters(7, 8)
   def test_random_shapes(self, seed):
@@ -110,18 +103,25 @@ class ImplementationTest(parameterized.TestCase):
     options["text_mask"] = np.array([[False] * 5, [True] * 5])
     options["key_mask"] = np.array([[False] * 12 + [True] * 4, [True] * 16])
     kept = kept.at[0, 0, 0].set(jnp.array([0, 1]))
-    for out, *grads in self.check((qkv, kept, options, weight)).values():
+    for out, *grads in self.check((qkv, kept, options, weight)):
       np.testing.assert_array_equal(out[0, 5:9], jnp.zeros((4, 2, 8)))
       np.testing.assert_array_equal(grads[0][0, 5:9], jnp.zeros((4, 2, 8)))
       self.assertTrue(all(bool(jnp.all(jnp.isfinite(g))) for g in grads))
 
   def test_under_checkpoint(self):
     qkv, kept, options, weight = make_case(4, 4, 2, 2)
-    for name in self.implementations:
-      remat = jax.checkpoint(lambda q, k, v, name=name: sparse_attention(q, k, v, kept, implementation=name, **options))
-      grads = jax.jit(jax.grad(lambda *qkv, f=remat: jnp.sum(weight * f(*qkv)), (0, 1, 2)))(*qkv)
-      for a, b in zip(grads, compiled(kept, options, weight, name)(*qkv)[1:], strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6)
+    remat = jax.checkpoint(partial(sparse_attention, kept=kept, implementation=self.implementation, **options))
+    grads = jax.grad(lambda *qkv: jnp.sum(weight * remat(*qkv)), (0, 1, 2))
+    expected = compiled(kept, options, weight, self.implementation)(*qkv)[1:]
+    for a, b in zip(jax.jit(grads, compiler_options=ONCE)(*qkv), expected, strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+class ChunksTest(parameterized.TestCase):
+  @parameterized.parameters((1, (4, 4, 2, 2)), (700, (5, 7, 2, 3)))
+  def test_any_chunk_size_gives_the_same(self, chunk, shape):
+    with mock.patch.dict(sparse_attention_xla._CHUNK_LOGITS, {jax.default_backend(): chunk}):
+      compare(self, make_case(*shape), "xla")
 
 
 class ReferenceTest(parameterized.TestCase):
@@ -180,7 +180,7 @@ class SparseAttentionTest(parameterized.TestCase):
 
   def test_named_implementation_runs_or_says_why_not(self):
     qkv, kept, options, _ = make_case(4, 4, 2, 2)
-    with self.assertRaisesRegex(NotImplementedError, "pallas_tpu.*use None or 'xla'"):
+    with self.assertRaisesRegex(NotImplementedError, "pallas_tpu': runs on a TPU, this is a cpu; use None or 'xla'"):
       sparse_attention(*qkv, kept, implementation="pallas_tpu", **options)
     with self.assertRaisesRegex(ValueError, "implementation: expected None or one of .*xla, got 'cuda'"):
       sparse_attention(*qkv, kept, implementation="cuda", **options)

@@ -1,0 +1,66 @@
+"""Attention under a mesh: every device its own samples and heads, and what is said where that cannot be."""
+
+from functools import partial
+
+import jax
+import numpy as np
+from absl.testing import absltest
+from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
+
+from elasticdit_jax.ops import placement
+from elasticdit_jax.ops.sparse_attention import sparse_attention
+from tests.ops.sparse_attention_test import make_case
+
+
+class PlacementTest(absltest.TestCase):
+  def test_the_platform_is_that_of_the_mesh_else_the_default_backend(self):
+    self.assertEqual(placement.platform(), jax.default_backend())
+    device = AbstractDevice(device_kind="TPU v5", num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((2,), ("data",), abstract_device=device)):
+      self.assertEqual(placement.platform(), "tpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((2,), ("data",))):
+      self.assertEqual(placement.platform(), jax.default_backend())
+
+  def test_one_device_means_alone_or_split_by_hand(self):
+    found = {}
+
+    def look(x, name):
+      found[name] = placement.on_one_device()
+      return x
+
+    with jax.sharding.use_abstract_mesh(AbstractMesh((2, 1), ("data", "model"))):
+      found["mesh"] = placement.on_one_device()
+      for name, axes in (("all", {"data", "model"}), ("data", {"data"}), ("model", {"model"})):
+        split = jax.shard_map(
+          partial(look, name=name),
+          in_specs=PartitionSpec(),
+          out_specs=PartitionSpec(),
+          axis_names=axes,
+          check_vma=False,
+        )
+        jax.eval_shape(jax.jit(split), jax.ShapeDtypeStruct((2,), np.float32))
+    self.assertEqual(found, {"mesh": False, "all": True, "data": True, "model": False})
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1, 1), ("data", "model"))):
+      self.assertTrue(placement.on_one_device())
+
+  def test_split_over_a_mesh_is_the_same(self):
+    qkv, kept, options, _ = make_case(4, 4, 2, 2)
+    expected = sparse_attention(*qkv, kept, **options)
+    devices = np.array(jax.devices()[:1]).reshape(1, 1)
+    with jax.set_mesh(jax.sharding.Mesh(devices, ("data", "model"))):
+      split = jax.jit(lambda *qkv: sparse_attention(*qkv, kept, batch_axes="data", head_axes="model", **options))
+      np.testing.assert_allclose(split(*qkv), expected, atol=1e-6)
+
+  def test_axes_that_do_not_fit_are_named(self):
+    qkv, kept, options, _ = make_case(4, 4, 2, 2, heads=3)
+    with self.assertRaisesRegex(ValueError, r"batch_axes: .*mesh \(none: call jax.set_mesh first\), got 'data'"):
+      sparse_attention(*qkv, kept, batch_axes="data", **options)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((2, 2), ("data", "model"))):
+      with self.assertRaisesRegex(ValueError, r"batch_axes: .*\('data', 'model'\), got 'fsdp'"):
+        sparse_attention(*qkv, kept, batch_axes=("data", "fsdp"), **options)
+      with self.assertRaisesRegex(ValueError, "head_axes: axis 'model' of 2 devices does not divide the 3 it splits"):
+        sparse_attention(*qkv, kept, head_axes="model", **options)
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,148 @@
+"""The TPU kernels: numbers by interpretation on CPU, and lowering for TPU without one."""
+
+import dataclasses
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec
+
+from elasticdit_jax.evals import flops
+from elasticdit_jax.ops import pallas_tpu_plan, sparse_attention_pallas_tpu
+from elasticdit_jax.ops.sparse_attention import sparse_attention
+from tests.ops import sparse_attention_test as contract
+
+TPU = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+
+
+class PallasTest(contract.ImplementationTest):
+  """The contract, interpreted; two query blocks a step, so that small cases have several steps, the last one uneven."""
+
+  implementation = "pallas_tpu_interpret"
+
+  def setUp(self):
+    super().setUp()
+    self.enter_context(mock.patch.object(sparse_attention_pallas_tpu, "_TILE", 2))
+
+
+class SimulatedTpuTest(absltest.TestCase):
+  def test_equals_reference_on_a_simulated_memory(self):
+    """InterpretParams copies tiles as the hardware would, fills memory with NaN and refuses indices out of range."""
+    qkv, kept, options, weight = contract.make_case(4, 4, 2, 2, heads=3, batch=1)
+    expected = contract.compiled(kept, options, weight, "reference")(*qkv)
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
+      results = contract.compiled(kept, options, weight, "pallas_tpu_interpret")(*qkv)
+    for a, b in zip(results, expected, strict=True):
+      np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def arguments(
+  tokens, heads, dim, *, text_len=128, kept=3, lists=1, batch=1, dtype=jnp.bfloat16, place=lambda *axes: None
+):
+  """Shapes of q, k, v and kept for 64-token blocks."""
+  spread = place("data", None, "model", None)
+  x = jax.ShapeDtypeStruct((batch, text_len + tokens, heads, dim), dtype, sharding=spread)
+  share = place("data", None if lists == 1 else "model", None, None)
+  return x, x, x, jax.ShapeDtypeStruct((batch, lists, tokens // 64, kept), jnp.int32, sharding=share)
+
+
+def lowered(args, platform="tpu", **options):
+  """The program of output and gradients for a platform that need not be here."""
+
+  def run(q, k, v, kept):
+    def loss(q, k, v):
+      out = sparse_attention(q, k, v, kept, **options)
+      return jnp.sum(out.astype(jnp.float32) ** 2)
+
+    return jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
+
+  return jax.export.export(jax.jit(run), platforms=[platform])(*args).mlir_module()
+
+
+def on_tpus(*shape):
+  """A context in which programs are for TPUs, none of them attached."""
+  return jax.sharding.use_abstract_mesh(AbstractMesh(shape, ("data", "model"), abstract_device=TPU))
+
+
+class LoweringTest(parameterized.TestCase):
+  """Mosaic checks tiles and layouts here; sizes of memories only with libtpu, see benchmarks/aot_tpu.py."""
+
+  @parameterized.named_parameters(
+    ("head_dim_64", {"heads": 2, "dim": 64}, {}),
+    ("head_dim_128", {"heads": 1, "dim": 128}, {}),
+    ("odd_heads_own_lists", {"heads": 3, "dim": 64, "lists": 3, "kept": 2}, {}),
+    ("float32_no_text_odd_tiles", {"heads": 2, "dim": 64, "text_len": 0, "dtype": jnp.float32, "tokens": 5 * 64}, {}),
+    ("masks", {"heads": 2, "dim": 64, "text_len": 77}, {"masked": True}),
+  )
+  def test_forward_and_backward_lower(self, shape, options):
+    args = arguments(**{"tokens": 512, **shape})
+    text_len = shape.get("text_len", 128)
+    masks = {}
+    if options:
+      masks["text_mask"] = jnp.ones((1, text_len), bool)
+      masks["key_mask"] = jnp.arange(512)[None] < 500
+    with on_tpus(1, 1):
+      module = lowered(args, text_len=text_len, **masks)
+    self.assertEqual(module.count("stablehlo.custom_call @tpu_custom_call"), 2)
+
+  def test_each_device_has_its_own_samples_and_heads(self):
+    with on_tpus(4, 2):
+      mesh = jax.sharding.get_abstract_mesh()
+      args = arguments(512, 4, 64, batch=8, place=lambda *axes: NamedSharding(mesh, PartitionSpec(*axes)))
+      module = lowered(args, text_len=128, batch_axes="data", head_axes="model")
+    self.assertEqual(module.count("stablehlo.custom_call @tpu_custom_call"), 2)
+    self.assertIn("tensor<2x512x128xbf16>", module)
+
+  def test_none_picks_the_kernels_on_tpus_where_shapes_suit(self):
+    for shape, kernels in (((512, 2, 64), True), ((512, 2, 32), False), ((2**18, 2, 64), False)):
+      with on_tpus(1, 1):
+        program = str(jax.make_jaxpr(lambda *args: sparse_attention(*args, text_len=128))(*arguments(*shape)))
+      self.assertEqual("pallas_call" in program, kernels, shape)
+    with on_tpus(2, 1):
+      split = str(jax.make_jaxpr(lambda *args: sparse_attention(*args, text_len=128))(*arguments(512, 2, 64)))
+    cpu = str(jax.make_jaxpr(lambda *args: sparse_attention(*args, text_len=128))(*arguments(512, 2, 64)))
+    self.assertNotIn("pallas_call", split + cpu)
+
+  def test_says_why_it_cannot_run(self):
+    for message, shape, options in (
+      ("head_dim 64 or 128, got 32", (512, 2, 32), {}),
+      ("block_size=64, got 32", (256, 2, 64), {"block_size": 32}),
+      ("bfloat16 or float32, got float16", (512, 2, 64), {"dtype": jnp.float16}),
+      (r"keys of 2 heads with 3 kept blocks need \d+ MiB of VMEM, more than 58 MiB", (2**16, 2, 64), {}),
+    ):
+      block_size = options.pop("block_size", 64)
+      q, k, v, kept = arguments(*shape, **options)
+      kept = jax.ShapeDtypeStruct((1, 1, shape[0] // block_size, 3), jnp.int32)
+      with on_tpus(1, 1), self.assertRaisesRegex(NotImplementedError, f"pallas_tpu': .*{message}.*use None or 'xla'"):
+        jax.eval_shape(
+          lambda *args, b=block_size: sparse_attention(*args, text_len=128, block_size=b, implementation="pallas_tpu"),
+          *(q, k, v, kept),
+        )
+
+
+class PlanTest(absltest.TestCase):
+  def test_long_sequences_give_up_double_buffering_before_they_give_up(self):
+    q, _, _, kept = arguments(4096, 2, 64, kept=11)
+    plan = sparse_attention_pallas_tpu.plan_of(q, kept, 128, 64)
+    self.assertEqual(plan.buffers(backward=True), 2)
+    longer = dataclasses.replace(plan, blocks=384)
+    self.assertEqual(longer.buffers(backward=True), 1)
+    self.assertIsNone(pallas_tpu_plan.obstacle(longer, "bfloat16"))
+    self.assertIsNotNone(pallas_tpu_plan.obstacle(dataclasses.replace(plan, blocks=640), "bfloat16"))
+
+  def test_cost_estimate_is_the_work_of_the_other_implementation(self):
+    args = arguments(1024, 2, 64, kept=4)
+
+    def attend(name):
+      return lambda *args: sparse_attention(*args, text_len=128, implementation=name)
+
+    xla = flops.count_flops(attend("xla"), *args)
+    self.assertEqual(flops.count_flops(attend("pallas_tpu_interpret"), *args), xla)
+    self.assertEqual(xla, 4 * 64 * 2 * (1024 * (128 + 4 * 64) + 128 * (128 + 1024)))
+
+
+if __name__ == "__main__":
+  absltest.main()
