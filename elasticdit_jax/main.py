@@ -10,6 +10,7 @@ import logging as python_logging
 import os
 import re
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -88,8 +89,11 @@ def main(name: str) -> None:
   try:
     _set_up_logging()
     _check_place(workdir)
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # compiled modules turn Ctrl-C into an ImportError
     _set_up_compilation_cache()
-    importlib.import_module(TASKS[config.task]).run(config, workdir)
+    task = importlib.import_module(TASKS[config.task])
+    signal.signal(signal.SIGINT, before)
+    task.run(config, workdir)
   except (ValueError, OSError, FloatingPointError) as e:
     _fail(e, FLAGS.debug or FLAGS.verbosity > 0)
   except KeyboardInterrupt:

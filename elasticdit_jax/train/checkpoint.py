@@ -12,6 +12,7 @@ Orbax commits a step by renaming its directory, so a killed save never looks lik
 flipped bits in array files; the fingerprints do.
 """
 
+import fcntl
 import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
@@ -35,11 +36,15 @@ class Checkpointer:
     workdir: checkpoints go to its subdirectory `checkpoints`.
     keep: how many of the newest steps to keep.
     keep_steps: steps kept for good, such as the ends of phases.
+
+  Raises:
+    ValueError: where another process writes to these checkpoints.
   """
 
   def __init__(self, workdir: str | os.PathLike, *, keep: int = 3, keep_steps: Collection[int] = ()):
     self._directory = os.path.abspath(os.path.join(workdir, "checkpoints"))
     os.makedirs(self._directory, exist_ok=True)
+    self._lock = _lock(self._directory, os.fspath(workdir))
     self._damaged: set[int] = set()
     self._pending: ocp.AsyncResponse | None = None
     self._manager = ocp.training.Checkpointer(
@@ -117,6 +122,7 @@ class Checkpointer:
       self.wait()
     finally:
       self._manager.close()
+      os.close(self._lock)
 
   def restore_latest(self, template: State) -> tuple[State, dict[str, Any]] | None:
     """The newest checkpoint whose arrays are all as they were saved.
@@ -165,6 +171,21 @@ class Checkpointer:
 
   def _last(self) -> str:
     return "none" if self.latest is None else f"step {self.latest}"
+
+
+def _lock(directory: str, workdir: str) -> int:
+  """Takes the directory for this process until the returned descriptor is closed, or the process ends in any way."""
+  descriptor = os.open(directory, os.O_RDONLY)
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    os.close(descriptor)
+    raise ValueError(
+      f"workdir: another process is training in {workdir}; wait for it, stop it, or choose another --workdir"
+    ) from None
+  except OSError:
+    pass  # some network disks know no locks
+  return descriptor
 
 
 def check_space(directory: str | os.PathLike, state: State, last: str = "") -> None:

@@ -71,6 +71,13 @@ class CheckpointTest(parameterized.TestCase):
     self._save(3)
     _assert_same(self, self._restore(jax.eval_shape(_state))[0], _state(3))
 
+  def test_one_process_at_a_time(self):
+    with checkpoint.Checkpointer(self.workdir) as saver:
+      with self.assertRaisesRegex(ValueError, f"another process is training in {self.workdir}; .* another --workdir"):
+        checkpoint.Checkpointer(self.workdir)
+      saver.save(1, _state(1), {})
+    _assert_same(self, self._restore()[0], _state(1))
+
   def test_keeps_the_newest_and_the_chosen(self):
     self._save(1, 2, 3, 4, 5, keep=2, keep_steps=(2,))
     with checkpoint.Checkpointer(self.workdir) as saver:
