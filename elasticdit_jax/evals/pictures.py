@@ -1,6 +1,7 @@
 """Pictures on disk: PNG files that say how they were made, and labelled grids of them."""
 
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,8 +26,11 @@ def save_png(path: str | os.PathLike, image: np.ndarray, **metadata: Any) -> Non
   for name, value in metadata.items():
     info.add_itxt(name, str(value))
   partial = f"{os.fspath(path)}.partial"
-  Image.fromarray(image).save(partial, format="PNG", pnginfo=info)
-  os.replace(partial, path)
+  try:
+    Image.fromarray(image).save(partial, format="PNG", pnginfo=info)
+    os.replace(partial, path)
+  finally:
+    pathlib.Path(partial).unlink(missing_ok=True)  # of a full disk
 
 
 def grid(captions: Sequence[str], rows: Mapping[str, np.ndarray], columns: int = COLUMNS) -> np.ndarray:

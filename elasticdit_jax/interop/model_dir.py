@@ -10,6 +10,7 @@ A training run keeps one as WORKDIR/model; the package ships one for its embedde
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -35,6 +36,12 @@ class FlowShift:
 
   shift: float
   tokens: int
+
+  def __post_init__(self):
+    if not isinstance(self.shift, int | float) or not 0 < self.shift < math.inf:
+      raise ValueError(f"flow.shift: expected a positive number, got {self.shift!r}")
+    if not isinstance(self.tokens, int) or self.tokens < 1:
+      raise ValueError(f"flow.tokens: expected at least 1, got {self.tokens!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +80,7 @@ def save(path: str | os.PathLike, model: Model, dtype: str = "float32") -> None:
     ValueError: where `path` holds something else than a model directory, or values that `dtype` cannot.
   """
   path = os.fspath(path).rstrip("/")
-  if os.path.lexists(path) and not _replaceable(path):
-    raise ValueError(f"model directory: {path} exists and holds something else; give another path")
+  check_replaceable(path)
   partial, old = f"{path}.partial", f"{path}.old"
   shutil.rmtree(partial, ignore_errors=True)
   os.makedirs(partial)
@@ -98,12 +104,16 @@ def save(path: str | os.PathLike, model: Model, dtype: str = "float32") -> None:
   shutil.rmtree(old, ignore_errors=True)
 
 
-def _replaceable(path: str) -> bool:
-  """An empty directory, or one that `save` or `save_codecs` wrote."""
-  if not os.path.isdir(path) or os.path.islink(path):
-    return False
-  names = os.listdir(path)
-  return not names or "model.json" in names or any(f"vae_f{factor}.safetensors" in names for factor in VAE_FACTORS)
+def check_replaceable(path: str | os.PathLike) -> None:
+  """Raises ValueError unless `path` is free, empty, or a directory that `save` or `save_codecs` wrote."""
+  known = ("model.json", *(f"vae_f{factor}.safetensors" for factor in VAE_FACTORS))
+  if os.path.isdir(path) and not os.path.islink(path):
+    names = os.listdir(path)
+    if not names or any(name in names for name in known):
+      return
+  elif not os.path.lexists(path):
+    return
+  raise ValueError(f"model directory: {os.fspath(path)} exists and holds something else; give another path")
 
 
 def locate(path: str | os.PathLike, file: str) -> str:
@@ -137,6 +147,8 @@ def load(path: str | os.PathLike) -> Model:
     encoder = WordEncoder.from_json(described["text_encoder"])
     flow = FlowShift(**described["flow"])
     size, provenance = described["size"], described["provenance"]
+    if not isinstance(size, int) or size < 1:
+      raise ValueError(f"size: expected a positive number of pixels, got {size!r}")
   except (KeyError, TypeError, ValueError) as e:
     raise ValueError(
       f"checkpoint: {path}/model.json does not describe a model ({type(e).__name__}: {e}); export the model again"
@@ -237,5 +249,7 @@ def _read_json(path: str) -> dict:
     raise ValueError(f"checkpoint: {path}/model.json is not valid JSON ({e}); export the model again") from None
   found = described.get("format") if isinstance(described, dict) else None
   if found != FORMAT:
-    raise ValueError(f"checkpoint: {path}/model.json has format {found!r}, this version reads {FORMAT}")
+    raise ValueError(
+      f"checkpoint: {path}/model.json has format {found!r}, this version reads {FORMAT}; export it again"
+    )
   return described

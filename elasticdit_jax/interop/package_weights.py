@@ -32,13 +32,14 @@ def package(out: str, vaes: Sequence[str], model: str = "", dtype: str = "float3
     dtype: of the stored weights.
 
   Raises:
-    ValueError: where there is nothing to write, or a run is not finished.
+    ValueError: where there is nothing to write, a run is not finished, or `out` holds something else.
   """
   codecs = {factor: codec for path in vaes for factor, codec in model_dir.load_codecs(path).items()}
   if model:
     loaded = model_dir.load(model)
     model_dir.save(out, dataclasses.replace(loaded, codecs=dict(loaded.codecs) | codecs), dtype)
   elif codecs:
+    model_dir.check_replaceable(out)
     model_dir.save_codecs(out, codecs, dtype)
   else:
     raise ValueError("--vae, --model: nothing to write; name at least one finished run")

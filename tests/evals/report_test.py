@@ -5,6 +5,7 @@ import math
 import os
 import re
 import tempfile
+from unittest import mock
 
 import numpy as np
 from absl.testing import absltest
@@ -184,6 +185,17 @@ class PicturesTest(absltest.TestCase):
       pictures.grid([], {})
     with self.assertRaisesRegex(ValueError, "expected uint8"):
       pictures.save_png("never.png", image[0].astype(float))
+
+  def test_a_full_disk_leaves_no_half_picture(self):
+    def save(self, path, **unused_options):
+      with open(path, "wb") as f:
+        f.write(b"half")
+      raise OSError(28, "No space left on device")
+
+    with tempfile.TemporaryDirectory() as directory:
+      with mock.patch.object(Image.Image, "save", save), self.assertRaisesRegex(OSError, "No space"):
+        pictures.save_png(f"{directory}/a.png", np.zeros((4, 4, 3), np.uint8))
+      self.assertEmpty(os.listdir(directory))
 
 
 if __name__ == "__main__":

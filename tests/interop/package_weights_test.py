@@ -43,6 +43,15 @@ class PackageTest(absltest.TestCase):
     for a, b in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(self.model.params), strict=True):
       np.testing.assert_array_equal(a, np.float32(np.float16(b)))
 
+  def test_a_folder_of_something_else_stays_as_it_is(self):
+    pathlib.Path(self.out).mkdir()
+    (pathlib.Path(self.out) / "cat.png").touch()
+    for model in ("", f"{self.directory}/run"):
+      model_dir.save(f"{self.directory}/run/model", self.model)
+      with self.assertRaisesRegex(ValueError, "out exists and holds something else; give another path"):
+        package_weights.package(self.out, [f"{self.directory}/f8"], model)
+    self.assertEqual([f.name for f in pathlib.Path(self.out).iterdir()], ["cat.png"])
+
   def test_a_mistake_is_one_line(self):
     for flags, message in (([], "nothing to write"), (["--vae=/nowhere"], "no vae_f8.safetensors")):
       command = [sys.executable, "-m", "elasticdit_jax.interop.package_weights", f"--out={self.out}", *flags]
