@@ -15,10 +15,10 @@ from elasticdit_jax.ops.pallas_tpu_forward import forward
 from elasticdit_jax.ops.pallas_tpu_plan import Plan
 from elasticdit_jax.types import Array
 
-# Query blocks in one step of the grid: more hide the fixed cost of a step and overlap better, but are longer code. Long
-# lists are long code already and hide more by themselves.
-_TILE = 4
-_LONG_LIST, _TILE_LONG = 2048, 2
+# Query blocks in one step of the grid, at most: more hide the fixed cost of a step and overlap better, but are longer
+# code. Long lists are long code already and hide more by themselves.
+_TILE = 8
+_LONG_LIST, _TILE_LONG = 2048, 4
 
 
 def obstacle(q: Array, kept: Array, text_len: int, block_size: int) -> str | None:
@@ -86,7 +86,7 @@ def plan_of(q: Array, kept: Array, text_len: int, block_size: int, scale: float 
   pack = 2 if 2 * head_dim <= pallas_tpu_plan.LANES else 1
   blocks = (tokens - text_len) // block_size
   text = -(-text_len // block_size) * block_size
-  tile = _TILE if text + kept.shape[3] * block_size <= _LONG_LIST else _TILE_LONG
+  most = _TILE if text + kept.shape[3] * block_size <= _LONG_LIST else _TILE_LONG
   return Plan(
     batch=batch,
     heads=-(-heads // pack) * pack,
@@ -97,7 +97,7 @@ def plan_of(q: Array, kept: Array, text_len: int, block_size: int, scale: float 
     blocks=blocks,
     kept=kept.shape[3],
     text=text,
-    tile=min(tile, blocks),
+    tile=-(-blocks // -(-blocks // most)),
     scale=scale,
     itemsize=jnp.dtype(q.dtype).itemsize,
     **{"key_bias": False, "text_bias": False, **options},

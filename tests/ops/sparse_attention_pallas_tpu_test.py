@@ -74,7 +74,7 @@ class LoweringTest(parameterized.TestCase):
     ("head_dim_64", {"heads": 2, "dim": 64}, {}),
     ("head_dim_128", {"heads": 1, "dim": 128}, {}),
     ("odd_heads_own_lists", {"heads": 3, "dim": 64, "lists": 3, "kept": 2}, {}),
-    ("float32_no_text_odd_tiles", {"heads": 2, "dim": 64, "text_len": 0, "dtype": jnp.float32, "tokens": 5 * 64}, {}),
+    ("float32_no_text_odd_tiles", {"heads": 2, "dim": 64, "text_len": 0, "dtype": jnp.float32, "tokens": 9 * 64}, {}),
     ("masks", {"heads": 2, "dim": 64, "text_len": 77}, {"masked": True}),
   )
   def test_forward_and_backward_lower(self, shape, options):
