@@ -27,23 +27,24 @@ def get_config(arg: str = "") -> ConfigDict:
   config = common.tiny_elastic(batch_size=32)
   config.task = "uwco"
   config.init = "shipped"
+  pair_8, pair_16 = "max-f8+lite-f8", "max-f16+lite-f16"
   config.phases = ConfigDict(
     {
       "coarse": {"steps": 0, "routes": "max-f16"},
-      "init": {"steps": 0, "routes": "max-f8,max-f16"},
-      "warmup": {"steps": 250, "routes": "max-f8+lite-f8,max-f16+lite-f16"},
-      "specialise": {"steps": 500, "routes": "lite-f8,lite-f16"},
-      "recover": {"steps": 650, "routes": "max-f8+lite-f8,max-f16+lite-f16"},
+      "init": {"steps": 0, "routes": "max-f8,max-f8,max-f16"},
+      "warmup": {"steps": 240, "routes": f"{pair_8},{pair_8},{pair_16}"},
+      "specialise": {"steps": 600, "routes": "lite-f8,lite-f8,lite-f16"},
+      "recover": {"steps": 600, "routes": f"{pair_8},{pair_8},{pair_16}"},
     }
   )
-  config.optimizer.learning_rate = 1e-3
+  config.optimizer.update({"learning_rate": 1e-3, "decay_fraction": 0.4})
   # Hundreds of steps, not thousands: a longer average would still hold the weights of the phase before.
   config.train.ema_decay = 0.99
   config.train.distill = 1.0
   if args.scratch:
     config.init = ""
-    config.phases.init.steps = 3200
-    config.optimizer.learning_rate = 3e-3
+    config.phases.coarse.steps, config.phases.init.steps = 2000, 1600
+    config.optimizer.update({"learning_rate": 3e-3, "decay_fraction": 0.3})
     config.train.ema_decay = 0.995
   if args.paper:
     _paper(config)
@@ -60,7 +61,7 @@ def _paper(config: ConfigDict) -> None:
   config.data.update(
     {"source": "folder", "size": 1024, "batch_size": 1024, "text_length": 128, "text_dim": 2048, "max_words": 200_000}
   )
-  config.flow.update({"shift": 3.0, "tokens": 4096})
+  config.flow.update({"std": 1.0, "shift": 3.0, "tokens": 4096})
   config.lite.skip = 6
   for phase, steps in (("init", 500_000), ("warmup", 20_000), ("specialise", 20_000), ("recover", 20_000)):
     config.phases[phase].steps = steps
