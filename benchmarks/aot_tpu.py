@@ -8,8 +8,8 @@ Every case is the value and the gradients of one attention over 128 text tokens 
 jax.jit with batch and heads split over 2 x 2 chips. Printed are, for one chip: HBM of the whole program, the VMEM that
 each kernel reserves, and the length of its static schedule in millions of bundles (VLIW instructions) per sample of 16
 heads. A schedule knows nothing of waiting for memory. It is counted to the disadvantage of the sparse kernels: all of
-their conditional code counts in every step, except what runs once per head by construction; of the dense kernel only
-unconditional code and its longest conditional region do.
+their conditional code counts in every step, except text queries and the clearing and writing of dk and dv, which run
+once per head; of the dense kernel only unconditional code and its longest conditional region do.
 
 Splash attention is dense here, with the best of a few block sizes. One step of its grid is the same at any length, so
 it is compiled once per chip and head_dim, for 4096 tokens, and its bundles are scaled by the square of the length,
@@ -164,7 +164,7 @@ def _sparse(batch: int, tokens: int, head_dim: int, rho: float):
   import jax.numpy as jnp
   from jax.sharding import PartitionSpec
 
-  from elasticdit_jax.ops import gating, sparse_attention_pallas_tpu
+  from elasticdit_jax.ops import gating, pallas_tpu_plan, sparse_attention_pallas_tpu
   from elasticdit_jax.ops.sparse_attention import sparse_attention
 
   attend = functools.partial(
@@ -176,10 +176,10 @@ def _sparse(batch: int, tokens: int, head_dim: int, rho: float):
   share = jax.NamedSharding(jax.sharding.get_mesh(), PartitionSpec("data"))
   lists = jax.ShapeDtypeStruct((batch, 1, tokens // BLOCK, kept), jnp.int32, sharding=share)
   plan = sparse_attention_pallas_tpu.plan_of(x, lists, TEXT, BLOCK)
-  groups = HEADS // plan.pack
+  groups, trips = HEADS // plan.pack, plan.blocks // pallas_tpu_plan.TEXT_CHUNK
 
   def measure(schedule):
-    return groups * (plan.tiles * schedule.every_step() + schedule.once(trips=plan.blocks // 8))
+    return groups * (plan.tiles * schedule.every_step() + schedule.long_regions(trips))
 
   return attend, (x, x, x, lists), measure
 

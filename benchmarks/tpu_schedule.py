@@ -11,6 +11,7 @@ import re
 from typing import NamedTuple
 
 _BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*((?:>\s?)*)\{")
+_COPYING = 64
 _BRANCH = re.compile(r"sbr\.rel \([^)]*\) target = \$region")
 
 
@@ -25,6 +26,11 @@ class Region(NamedTuple):
   bundles: int
   loops: tuple[int, ...]
 
+  @property
+  def long(self) -> bool:
+    """Whether it does more than start or await copies of tiles."""
+    return bool(self.loops) or self.bundles > _COPYING
+
 
 class Schedule(NamedTuple):
   """The grid loop of one kernel.
@@ -38,16 +44,16 @@ class Schedule(NamedTuple):
   regions: tuple[Region, ...]
 
   def every_step(self) -> int:
-    """Bundles of one step if all conditional code without inner loops runs in it: an upper bound."""
-    return self.straight + sum(region.bundles for region in self.regions if not region.loops)
+    """Bundles of one step if all short conditional code, the copying of tiles, runs in it: an upper bound."""
+    return self.straight + sum(region.bundles for region in self.regions if not region.long)
 
   def main_path(self) -> int:
     """Bundles of one step if of all conditional code only the longest region runs: a lower bound."""
     return self.straight + max((region.bundles for region in self.regions), default=0)
 
-  def once(self, trips: int) -> int:
-    """Bundles of the regions with inner loops, each loop run `trips` times."""
-    return sum(region.bundles + trips * sum(region.loops) for region in self.regions if region.loops)
+  def long_regions(self, trips: int) -> int:
+    """Bundles of the conditional code that is not short, each inner loop run `trips` times."""
+    return sum(region.bundles + trips * sum(region.loops) for region in self.regions if region.long)
 
 
 def read(text: str) -> Schedule:

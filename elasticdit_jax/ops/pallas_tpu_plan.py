@@ -17,7 +17,7 @@ HEAD_DIMS = (64, 128)
 VMEM_BYTES = 58 * 2**20
 
 # Key blocks that a text query reads at once.
-TEXT_CHUNK = 8
+TEXT_CHUNK = 16
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,7 @@ SCHEDULE = """
    0x2 LB: > { %s1 = sadd.s32 1, %s2 }
    0x3   : > { %5 = sbr.rel (%p1) target = $region4 }
    0x4   : > { %6 = dma.hbm_to_vmem [thread:$0]  %s3 /*
-base_bounds: (16, 1)
-pad_low: (0, 0) */ }
+base_bounds: (16, 1) */ }
    0x5 PF: > { %v1 = vld [vmem:[%s3]] }
    0x6   : > { %7 = sbr.rel (%p2) target = $region8 }
    0x7   : > { %v2 = vld [vmem:[%s4]] }
@@ -39,7 +38,15 @@ class TpuScheduleTest(absltest.TestCase):
     self.assertEqual(schedule.regions, (tpu_schedule.Region(1, ()), tpu_schedule.Region(2, (2,))))
     self.assertEqual(schedule.every_step(), 8)
     self.assertEqual(schedule.main_path(), 9)
-    self.assertEqual(schedule.once(trips=10), 22)
+    self.assertEqual(schedule.long_regions(trips=10), 22)
+
+  def test_long_conditional_code_is_told_from_copies(self):
+    bundle = "   0x7   : > { %v2 = vld [vmem:[%s4]] }\n"
+    for times, every_step, apart in ((60, 67, 2), (100, 7, 102)):
+      copies = SCHEDULE.replace("   0x5 PF", bundle * (times - 1) + "   0x5 PF")
+      schedule = tpu_schedule.read(copies)
+      self.assertEqual(schedule.every_step(), every_step)
+      self.assertEqual(schedule.long_regions(trips=0), apart)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec
 
 from elasticdit_jax.evals import flops
-from elasticdit_jax.ops import pallas_tpu_plan, sparse_attention_pallas_tpu
+from elasticdit_jax.ops import pallas_tpu_pieces, pallas_tpu_plan, sparse_attention_pallas_tpu
 from elasticdit_jax.ops.sparse_attention import sparse_attention
 from tests.ops import sparse_attention_test as contract
 
@@ -19,13 +19,14 @@ TPU = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
 
 
 class PallasTest(contract.ImplementationTest):
-  """The contract, interpreted; two query blocks a step, so that small cases have several steps, the last one uneven."""
+  """The contract, interpreted, in pieces so small that these cases have several of each, the last one uneven."""
 
   implementation = "pallas_tpu_interpret"
 
   def setUp(self):
     super().setUp()
     self.enter_context(mock.patch.object(sparse_attention_pallas_tpu, "_TILE", 2))
+    self.enter_context(mock.patch.object(pallas_tpu_pieces, "TEXT_CHUNK", 5))
 
 
 class SimulatedTpuTest(absltest.TestCase):
