@@ -6,7 +6,8 @@
 `lax.scan` walks over chunks of query blocks of all heads and samples in turn, so that temporaries are one chunk and
 stay in cache. Text queries are one more kind of query block, whose list names the whole table. The backward pass
 recomputes the weights of a chunk from the saved log-sum-exp and adds into float32 dk and dv that the scan carries: one
-pass, five products. A batch or head axis split over devices belongs under jax.shard_map: the scan runs over both.
+pass, five products, on transposed logits: one of the three products with weights needs them turned, not two. A batch
+or head axis split over devices belongs under jax.shard_map: the scan runs over both.
 """
 
 from functools import partial
@@ -14,6 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from elasticdit_jax.ops import placement
 from elasticdit_jax.types import Array
 
 _HIDDEN = -1e30
@@ -37,6 +39,8 @@ def sparse_attention_xla(
   scale: float,
 ) -> jax.Array:
   """See sparse_attention.sparse_attention."""
+  if scale <= 0:  # Below, the largest logit is found before scaling.
+    q, scale = q * scale, 1.0
   batch, _, heads, dim = q.shape
   text_blocks = -(-text_len // block_size)
   blocks = kept.shape[2]
@@ -99,14 +103,17 @@ def _attend_fwd(scale, queries, k, v, lists, valid):
   def step(carry, chunk):
     q, index = chunk
     keys, values, seen = _gather(k, v, valid, index)
-    logits = _logits(q, keys, seen, scale)
-    # The floor lies above hidden logits: where all keys are hidden every weight is exp(-huge) = 0.
+    logits = _dot("crd,ckd->crk", q, keys)
+    if seen is not None:
+      logits = jnp.where(seen[:, None], logits, _HIDDEN)
+    # The floor lies above hidden logits: where all keys are hidden every weight is exp(-huge) = 0. Scaling after the
+    # maximum spares a pass over the logits.
     top = jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), _HIDDEN / 2)
-    weights = jnp.exp(logits - top)
+    weights = jnp.exp((logits - top) * scale)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     out = _dot("crk,ckd->crd", weights.astype(values.dtype), values)
     out = out / jnp.where(total > 0, total, 1.0)
-    log_total = jnp.where(total > 0, top + jnp.log(total), 0.0)
+    log_total = jnp.where(total > 0, scale * top + jnp.log(total), 0.0)
     return carry, (out.astype(q.dtype), log_total[..., 0])
 
   results = [_scan_chunks(step, (), (q, index), k.shape[1])[1] for q, index in zip(queries, lists, strict=True)]
@@ -121,38 +128,44 @@ def _attend_bwd(scale, saved, grads):
     dk, dv = carry
     q, index, out, log_total, grad = chunk
     keys, values, seen = _gather(k, v, valid, index)
-    weights = jnp.exp(_logits(q, keys, seen, scale) - log_total[..., None])
-    shared = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    dlogits = (weights * (_dot("crd,ckd->crk", grad, values) - shared) * scale).astype(keys.dtype)
-    dq = _dot("crk,ckd->crd", dlogits, keys).astype(q.dtype)
-    dk = _add_at(dk, index, _dot("crk,crd->ckd", dlogits, q))
-    dv = _add_at(dv, index, _dot("crk,crd->ckd", weights.astype(grad.dtype), grad))
+    logits = _dot("ckd,crd->ckr", keys, q) * scale
+    if seen is not None:
+      logits = jnp.where(seen[:, :, None], logits, _HIDDEN)
+    weights = jnp.exp(logits - log_total[:, None])
+    shared = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)[:, None]
+    dlogits = (weights * (_dot("ckd,crd->ckr", values, grad) - shared) * scale).astype(keys.dtype)
+    dq = _dot("crk,ckd->crd", _turned(dlogits), keys).astype(q.dtype)
+    dk = _add_at(dk, index, _dot("ckr,crd->ckd", dlogits, q))
+    dv = _add_at(dv, index, _dot("ckr,crd->ckd", weights.astype(grad.dtype), grad))
     return (dk, dv), dq
 
-  carry = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
+  carry = tuple(jnp.zeros((x.shape[0], x.shape[1] * x.shape[2]), jnp.float32) for x in (k, v))
   dqs = []
   for chunks in zip(queries, lists, outs, log_totals, grads, strict=True):
     carry, dq = _scan_chunks(step, carry, chunks, k.shape[1])
     dqs.append(dq)
   dk, dv = carry
-  return tuple(dqs), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+  return tuple(dqs), dk.astype(k.dtype).reshape(k.shape), dv.astype(v.dtype).reshape(v.shape), None, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _gather(k, v, valid, index):
-  """The listed rows of the tables side by side: keys and values [c, n * b, D], visibility [c, 1, n * b] or None."""
+  """The listed rows of the tables side by side: keys and values [c, n * b, D], visibility [c, n * b] or None."""
 
   def take(table):
-    return table.at[index].get(mode="promise_in_bounds").reshape(index.shape[0], -1, *table.shape[2:])
+    rows = table.reshape(table.shape[0], -1).at[index.reshape(-1)].get(mode="promise_in_bounds")
+    # The barrier keeps XLA from fusing the reshape below into the gather, which would then copy element by element.
+    return jax.lax.optimization_barrier(rows).reshape(index.shape[0], -1, *table.shape[2:])
 
-  return take(k), take(v), None if valid is None else take(valid)[:, None]
+  return take(k), take(v), None if valid is None else take(valid)
 
 
-def _logits(q, keys, seen, scale):
-  logits = _dot("crd,ckd->crk", q, keys) * scale
-  return logits if seen is None else jnp.where(seen, logits, _HIDDEN)
+def _turned(x):
+  """The last two axes swapped; on CPU as a copy, since a product over the second last axis is slow there."""
+  x = jnp.swapaxes(x, 1, 2)
+  return jax.lax.optimization_barrier(x) if placement.platform() == "cpu" else x
 
 
 def _dot(spec, a, b):
@@ -160,7 +173,8 @@ def _dot(spec, a, b):
 
 
 def _add_at(table, index, update):
-  return table.at[index].add(update.reshape(*index.shape, *table.shape[1:]), mode="promise_in_bounds")
+  index = index.reshape(-1)
+  return table.at[index].add(update.reshape(index.shape[0], -1), mode="promise_in_bounds")
 
 
 def _scan_chunks(step, carry, inputs, block_size):

@@ -124,6 +124,13 @@ class ChunksTest(parameterized.TestCase):
       compare(self, make_case(*shape), "xla")
 
 
+class ScaleTest(parameterized.TestCase):
+  @parameterized.parameters(-0.3, 0.0)
+  def test_any_scale(self, scale):
+    qkv, kept, options, weight = make_case(4, 4, 2, 2)
+    compare(self, (qkv, kept, {**options, "scale": scale}, weight), "xla")
+
+
 class ReferenceTest(parameterized.TestCase):
   @parameterized.parameters(False, True)
   def test_equals_jax_attention_with_the_same_mask(self, per_head):
