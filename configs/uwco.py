@@ -37,15 +37,16 @@ def get_config(arg: str = "") -> ConfigDict:
       "recover": {"steps": 600, "routes": f"{pair_8},{pair_8},{pair_16}"},
     }
   )
-  config.optimizer.update({"learning_rate": 1e-3, "decay_fraction": 0.4})
+  config.optimizer.update({"learning_rate": 2e-3, "decay_fraction": 0.5})
   # Hundreds of steps, not thousands: a longer average would still hold the weights of the phase before.
   config.train.ema_decay = 0.99
-  config.train.distill = 1.0
+  # Mostly the velocity of the given weights: a target without noise.
+  config.train.distill = 4.0
   if args.scratch:
     config.init = ""
     config.phases.coarse.steps, config.phases.init.steps = 2000, 1600
     config.optimizer.update({"learning_rate": 3e-3, "decay_fraction": 0.3})
-    config.train.ema_decay = 0.995
+    config.train.update({"ema_decay": 0.995, "distill": 1.0})
   if args.paper:
     _paper(config)
   if args.debug:

@@ -19,6 +19,7 @@ class TrainState:
     opt_state: of the optimiser.
     ema: exponential moving average of params, the weights that are evaluated and exported.
     key: the run's PRNG key; every step folds its number into it.
+    teacher: weights that self-distillation learns from, fixed once the full backbone is trained; None without it.
   """
 
   step: jax.Array
@@ -26,9 +27,15 @@ class TrainState:
   opt_state: Any
   ema: Any
   key: jax.Array
+  teacher: Any = None
 
 
-def create(params: Any, tx: optax.GradientTransformation, seed: int) -> TrainState:
-  """A state at step 0; the EMA starts at the parameters, in arrays of its own."""
-  ema = jax.tree.map(jnp.copy, params)
-  return TrainState(jnp.int32(0), params, tx.init(params), ema, jax.random.key(seed))
+def create(params: Any, tx: optax.GradientTransformation, seed: int, *, teacher: bool = False) -> TrainState:
+  """A state at step 0; the EMA, and with `teacher` the teacher, start at the parameters, in arrays of their own."""
+  state = TrainState(jnp.int32(0), params, tx.init(params), copy(params), jax.random.key(seed))
+  return dataclasses.replace(state, teacher=copy(params)) if teacher else state
+
+
+def copy(tree: Any) -> Any:
+  """The same values in arrays of their own: a donated state cannot hold one array twice."""
+  return jax.tree.map(jnp.copy, tree)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from elasticdit_jax import elastic
 from elasticdit_jax.elastic import Route
 from elasticdit_jax.flow import path
 from elasticdit_jax.models import dit
@@ -58,37 +59,50 @@ def group_losses(
   text: Text,
   key: jax.Array,
   group: Group,
-  distill: float,
+  teacher: Any = None,
+  distill: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Mean flow-matching loss over a group of routes.
+  """Mean loss over a group of routes: |v - (eps - x0)|^2 + distill |v - v_teacher|^2.
+
+  The teacher is the full backbone with weights of its own. Its velocity is the mean of many targets eps - x0, without
+  their noise: what a shallower route, and the full one beside it, regress in few steps.
 
   Args:
     cfg, flow, params: the backbone, its times, its weights.
     latents: VAE factor -> x0 [B, h, w, C], one entry per factor in the group.
     text: captions.
     key: of this step.
-    group: the routes. Listed first, the deepest route of a factor is the teacher of the others.
-    distill: weight of |v - stop_gradient(v_teacher)|^2 for the others; 0 switches self-distillation off.
+    group: the routes.
+    teacher: weights that run dense at full depth along the VAE of each route; read where distill is not 0.
+    distill: weight of the second term; 0 switches self-distillation off.
 
   Returns:
     (loss, {"loss/<route>": flow-matching loss of that route}).
   """
-  metrics, teachers, total = {}, {}, 0.0
-  for route in sorted(group, key=lambda r: (r.vae, -len(r.active))):
-    x0 = latents[route.vae]
-    # The key depends on the factor only: routes of one factor share times and noise.
-    time_key, noise_key = jax.random.split(jax.random.fold_in(key, route.vae))
-    shift = flow.shift_at(x0.shape[1] * x0.shape[2] // cfg.patch**2)
-    t = path.sample_t(time_key, x0.shape[:1], mean=flow.mean, std=flow.std, shift=shift)
-    eps = jax.random.normal(noise_key, x0.shape)
-    v = velocity(cfg, params, path.interpolate(x0, eps, t), t, text, route)
-    loss = jnp.mean(jnp.square(v - path.target(x0, eps)))
+  metrics, guides, total = {}, {}, 0.0
+  for route in group:
+    x_t, t, target = noised(cfg, flow, latents[route.vae], key, route.vae)
+    v = velocity(cfg, params, x_t, t, text, route)
+    loss = jnp.mean(jnp.square(v - target))
     metrics[f"loss/{route.name}"] = loss
     total = total + loss
-    if distill and route.vae in teachers:
-      total = total + distill * jnp.mean(jnp.square(v - teachers[route.vae]))
-    teachers.setdefault(route.vae, jax.lax.stop_gradient(v))
+    if distill:
+      if route.vae not in guides:
+        full = elastic.standard_routes(cfg.depth)[f"max-f{route.vae}"]
+        guides[route.vae] = jax.lax.stop_gradient(velocity(cfg, teacher, x_t, t, text, full))
+      total = total + distill * jnp.mean(jnp.square(v - guides[route.vae]))
   return total / len(group), metrics
+
+
+def noised(
+  cfg: dit.DiTConfig, flow: FlowConfig, x0: jax.Array, key: jax.Array, vae: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(x_t, t [B], eps - x0) of latents x0 [B, h, w, C]; routes of one factor share times and noise."""
+  time_key, noise_key = jax.random.split(jax.random.fold_in(key, vae))
+  shift = flow.shift_at(x0.shape[1] * x0.shape[2] // cfg.patch**2)
+  t = path.sample_t(time_key, x0.shape[:1], mean=flow.mean, std=flow.std, shift=shift)
+  eps = jax.random.normal(noise_key, x0.shape)
+  return path.interpolate(x0, eps, t), t, path.target(x0, eps)
 
 
 def make_step(
@@ -99,29 +113,30 @@ def make_step(
   ema_decay: float,
   distill: float = 0.0,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-  """The jitted update (state, codecs, batch, group, trainable) -> (state, metrics).
+  """The jitted update (state, codecs, batch, group, trainable, distilled) -> (state, metrics).
 
-  `group` and `trainable` (routes) are static: one trace per distinct pair. Parameters that no route in `trainable`
-  reads keep their value and their optimiser state bit for bit; so a phase that trains flex-lite alone freezes the
-  skipped blocks. The state is donated.
+  `group` and `trainable` (routes) and `distilled` (whether state.teacher is listened to) are static: one trace per
+  distinct triple. Parameters that no route in `trainable` reads keep their value and their optimiser state bit for bit;
+  so a phase that trains flex-lite alone freezes the skipped blocks. The state is donated.
   """
 
-  def update(state: TrainState, codecs: Codecs, batch: Batch, group: Group, trainable: Group):
+  def update(state: TrainState, codecs: Codecs, batch: Batch, group: Group, trainable: Group, distilled: bool = False):
     image = to_float(batch.image)
     latents = {factor: codecs[factor].encode(image) for factor in {r.vae for r in group}}
     key = jax.random.fold_in(state.key, state.step)
 
     def loss_fn(params):
-      return group_losses(cfg, flow, params, latents, batch.text, key, group, distill)
+      weight = distill if distilled else 0.0
+      return group_losses(cfg, flow, params, latents, batch.text, key, group, state.teacher, weight)
 
     (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     frozen = frozen_mask(state.params, trainable)
     params, opt_state = optim.frozen_update(tx, grads, state.opt_state, state.params, frozen)
     ema = optim.ema_update(state.ema, params, state.step, ema_decay)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
-    return TrainState(state.step + 1, params, opt_state, ema, state.key), metrics
+    return TrainState(state.step + 1, params, opt_state, ema, state.key, state.teacher), metrics
 
-  return jax.jit(update, static_argnames=("group", "trainable"), donate_argnums=0)
+  return jax.jit(update, static_argnames=("group", "trainable", "distilled"), donate_argnums=0)
 
 
 def frozen_mask(params: Any, trainable: Group) -> Any:

@@ -13,6 +13,7 @@ Phases are data (`train/phases.py`, where a cheap 0-coarse may come first); ther
 an interrupted run still ends with the whole curve.
 """
 
+import dataclasses
 import os
 from typing import Any
 
@@ -69,7 +70,7 @@ class Run:
     job, config = self.job, self.job.config
     schedule = optim.schedule(config.optimizer, self.stop)
     tx = optim.make(config.optimizer, dit.init_shapes(job.cfg), schedule)
-    current = state.create(job_lib.initial_params(job), tx, config.seed)
+    current = state.create(job_lib.initial_params(job), tx, config.seed, teacher=config.train.distill > 0)
     update = step.make_step(job.cfg, job.flow, tx, ema_decay=config.train.ema_decay, distill=config.train.distill)
     check_space(job.workdir, current)
     claim_workdir(job.workdir, config, NEUTRAL)
@@ -117,6 +118,8 @@ class Run:
       batch,
       group=phase.group_at(n, self.routes),
       trainable=phase.trained(self.routes),
+      # Before the full backbone is trained, it has nothing to teach.
+      distilled=current.teacher is not None and phase.name not in phases.FULL,
     )
 
   def _boundary(self, n: int, current: state.TrainState) -> state.TrainState:
@@ -124,6 +127,8 @@ class Run:
     importance = None
     if n == self._analysis_step:
       importance = self._analyse(current)
+      if current.teacher is not None:
+        current = dataclasses.replace(current, teacher=state.copy(current.ema))
     given = "given weights" if self.job.config.init else "random weights"
     label = next((f"after {p.label}" for p in self.table if p.stop == n), given)
     self.snapshots.take(n, label, current.ema, self.routes, importance)
