@@ -59,8 +59,8 @@ def flex(qkv: list, kept: np.ndarray, text_len: int, block_size: int, backward: 
   lists[text:, text : text + kept.shape[1]] = kept + text
   counts = np.array([total] * text + [text + kept.shape[1]] * blocks, np.int32)
   counts, lists = (torch.from_numpy(x)[None, None].to(qkv[0].device) for x in (counts, lists))
-  # All listed blocks are full: no element of them is masked.
-  mask = BlockMask.from_kv_blocks(torch.zeros_like(counts), lists, counts, lists, BLOCK_SIZE=block_size)
+  # Given as partial blocks without a mask: the code that torch 2.13 makes for full ones on CPU does not compile.
+  mask = BlockMask.from_kv_blocks(counts, lists, BLOCK_SIZE=block_size)
   compiled = torch.compile(flex_attention)
   return _call(lambda q, k, v: compiled(q, k, v, block_mask=mask), qkv, backward)
 
