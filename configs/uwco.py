@@ -5,11 +5,11 @@
 Starts from the flex-max weights inside the package, so phase 1 is done: importance analysis, hybrid warm-up, flex-lite
 specialisation, unified recovery, report. Open runs/uwco/report.md and runs/uwco/images.
 
-Takes 13.0 minutes and 2.6 GB on two CPU cores. Strict score to expect, seen / unseen combinations, +- 4:
-max-f8 83 / 80, lite-f8 78 / 72, max-f16 88 / 82, lite-f16 82 / 77; before phase 2 lite-f8 stands at 4 / 6 and
-lite-f16 at 49 / 36.
+Took 13.0 minutes and 2.6 GB on two CPU cores that had other work for half of it. Strict score to expect, seen / unseen
+combinations, +- 4: max-f8 83 / 80, lite-f8 78 / 72, max-f16 88 / 82, lite-f16 82 / 77; before phase 2 lite-f8 stands at
+4 / 6 and lite-f16 at 49 / 36.
 
-    :debug     64 pixels, a few steps of every phase, about 90 s with compilation
+    :debug     64 pixels, a few steps of every phase, under 90 s with compilation
     :scratch   phase 1 from random weights as well; about 22 minutes by its number of steps, not measured yet
     :paper     the pod-scale job: size L, 1024 pixels, bfloat16; needs --config.data.path=DIR (captioned pictures) and
                --config.vae=DIR (vae_f8.safetensors and vae_f16.safetensors for photographs)

@@ -79,18 +79,21 @@ def group_losses(
   Returns:
     (loss, {"loss/<route>": flow-matching loss of that route}).
   """
-  metrics, guides, total = {}, {}, 0.0
+  metrics, shared, total = {}, {}, 0.0
   for route in group:
-    x_t, t, target = noised(cfg, flow, latents[route.vae], key, route.vae)
+    if route.vae not in shared:
+      x_t, t, target = noised(cfg, flow, latents[route.vae], key, route.vae)
+      full, guide = elastic.standard_routes(cfg.depth)[f"max-f{route.vae}"], None
+      if distill:
+        guide = jax.lax.stop_gradient(velocity(cfg, teacher, x_t, t, text, full))
+      shared[route.vae] = x_t, t, target, guide
+    x_t, t, target, guide = shared[route.vae]
     v = velocity(cfg, params, x_t, t, text, route)
     loss = jnp.mean(jnp.square(v - target))
     metrics[f"loss/{route.name}"] = loss
     total = total + loss
-    if distill:
-      if route.vae not in guides:
-        full = elastic.standard_routes(cfg.depth)[f"max-f{route.vae}"]
-        guides[route.vae] = jax.lax.stop_gradient(velocity(cfg, teacher, x_t, t, text, full))
-      total = total + distill * jnp.mean(jnp.square(v - guides[route.vae]))
+    if guide is not None:
+      total = total + distill * jnp.mean(jnp.square(v - guide))
   return total / len(group), metrics
 
 

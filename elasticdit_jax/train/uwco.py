@@ -119,7 +119,7 @@ class Run:
       group=phase.group_at(n, self.routes),
       trainable=phase.trained(self.routes),
       # Before the full backbone is trained, it has nothing to teach.
-      distilled=current.teacher is not None and phase.name not in phases.FULL,
+      distilled=phase.name not in phases.FULL,
     )
 
   def _boundary(self, n: int, current: state.TrainState) -> state.TrainState:

@@ -43,6 +43,22 @@ def _dies_at(number):
   return mock.patch.object(step, "make_step", make_step)
 
 
+def _listens(heard):
+  """make_step whose update notes (distilled, teacher before the step, EMA before the step) in `heard`."""
+  original = step.make_step
+
+  def make_step(*args, **kwargs):
+    update = original(*args, **kwargs)
+
+    def noting(current, *rest, **named):
+      heard.append((named["distilled"], *jax.tree.map(np.array, (current.teacher, current.ema))))
+      return update(current, *rest, **named)
+
+    return noting
+
+  return mock.patch.object(step, "make_step", make_step)
+
+
 class UwcoTest(absltest.TestCase):
   def setUp(self):
     super().setUp()
@@ -56,7 +72,10 @@ class UwcoTest(absltest.TestCase):
 
   def test_run_that_dies_inside_a_phase_ends_like_one_that_does_not(self):
     other = self.workdir.parent / "other"
-    uwco.run(self.config, str(self.workdir))
+    heard = []
+    with _listens(heard):
+      uwco.run(self.config, str(self.workdir))
+    self._check_teacher(heard)
     with _dies_at(7), self.assertRaises(_KilledError):
       uwco.run(self.config, str(other))
     self.assertFalse((other / "model").exists())
@@ -64,6 +83,14 @@ class UwcoTest(absltest.TestCase):
     straight, resumed = (weights.load_tree(w / "model" / "dit.safetensors") for w in (self.workdir, other))
     small.same(self, straight, resumed)
     self._check_files()
+
+  def _check_teacher(self, heard):
+    """Silent in phase 1; from then on the average of its end, unchanged."""
+    self.assertEqual([distilled for distilled, _, _ in heard], [False] + [True] * 9)
+    taught = heard[1][2]
+    self.assertTrue(any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (heard[0][1], taught)), strict=True)))
+    for _, teacher, _ in heard[1:]:
+      small.same(self, teacher, taught)
 
   def _check_files(self):
     routes = elastic.load_routes(self.workdir / "routes.json")
