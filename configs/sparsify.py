@@ -12,7 +12,7 @@ loss of every layer at a few counts of kept key blocks, which layer-aware-sparse
         --config.routes=baseline,vanilla-sparse,layer-aware-sparse
 
 At 128 pixels a query block of `tiny` has 16 key blocks at f8, so 84.38 % is the nearest to 84.16 %; at f16 it has 4 and
-nothing lies beyond 75 %. Takes about 45 s of CPU time.
+nothing lies beyond 75 %. Takes half a minute on two CPU cores.
 
     :debug     few pictures
 """
