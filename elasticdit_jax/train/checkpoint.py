@@ -90,7 +90,7 @@ class Checkpointer:
       return
     self.check_space(state)
     flat = _flatten(state)
-    fingerprints = _fingerprints(flat)
+    fingerprints = fingerprints_of(flat)
     broken = [name for name, (_, finite) in fingerprints.items() if not finite]
     if broken:
       raise FloatingPointError(
@@ -164,7 +164,7 @@ class Checkpointer:
     loaded = self._manager.load_checkpointables(step, {"state": weights.unflatten(targets)})["state"]
     flat = weights.flatten(loaded)
     expected = stored.custom_metadata["fingerprint"]
-    changed = [name for name, (value, _) in _fingerprints(flat).items() if value != expected[name]]
+    changed = [name for name, (value, _) in fingerprints_of(flat).items() if value != expected[name]]
     if changed:
       raise ValueError(f"{changed[0]} and {len(changed) - 1} other arrays are not what was saved")
     return flat, stored.custom_metadata["meta"]
@@ -268,7 +268,7 @@ def _unflatten(template: State, flat: Mapping[str, jax.Array]) -> State:
   return jax.tree_util.tree_map_with_path(leaf, template)
 
 
-def _fingerprints(flat: Mapping[str, jax.Array]) -> dict[str, tuple[int, bool]]:
+def fingerprints_of(flat: Mapping[str, jax.Array]) -> dict[str, tuple[int, bool]]:
   """Per array: a 32-bit number that changes with any bit, equal on any mesh; and whether all values are finite."""
   results = jax.device_get({name: _fingerprint(x) for name, x in flat.items()})
   return {name: (int(value), bool(finite)) for name, (value, finite) in results.items()}

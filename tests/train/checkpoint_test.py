@@ -164,15 +164,15 @@ class CheckpointTest(parameterized.TestCase):
 
   def test_fingerprints_see_every_bit_and_every_exchange(self):
     x = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
-    seen = {checkpoint._fingerprints({"x": jnp.asarray(x)})["x"][0]}
+    seen = {checkpoint.fingerprints_of({"x": jnp.asarray(x)})["x"][0]}
     for bit in range(32):
       y = x.copy()
       y.view(np.uint32)[2, 5] ^= np.uint32(1 << bit)
-      seen.add(checkpoint._fingerprints({"x": jnp.asarray(y)})["x"][0])
+      seen.add(checkpoint.fingerprints_of({"x": jnp.asarray(y)})["x"][0])
     y = x.copy()
     y[0, 1], y[3, 4] = x[3, 4], x[0, 1]
-    seen.add(checkpoint._fingerprints({"x": jnp.asarray(y)})["x"][0])
-    seen.add(checkpoint._fingerprints({"x": jnp.asarray(x.T)})["x"][0])
+    seen.add(checkpoint.fingerprints_of({"x": jnp.asarray(y)})["x"][0])
+    seen.add(checkpoint.fingerprints_of({"x": jnp.asarray(x.T)})["x"][0])
     self.assertLen(seen, 35)
 
 
