@@ -1,0 +1,246 @@
+"""Rewards of pictures: what they are called, how they add up, and scoring beside sampling.
+
+  reward = rewards.from_config(config.rewards)
+  pending = reward.submit(images, prompts, metadata)      # returns at once; sample the next batch meanwhile
+  scores = reward.collect(pending)                        # {name: float32 [B]}, every name of reward.names
+  total = rewards.combine(scores, reward.weights)         # float32 [B]
+
+A source of scores is any function of (images uint8 [B, H, W, 3], prompts, metadata) that returns {name: [B] numbers}.
+The scene rewards are those of GenEval training (Liu et al. 2025, arXiv 2505.05470) with two corrections: each term lies
+in [0, 1] and a wrong relation counts once, as 0; and objects nobody asked for count against the picture in every task,
+because a model that is not told so learns to draw spare ones.
+"""
+
+import io
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from elasticdit_jax.data import scene_prompts
+from elasticdit_jax.evals import detector, scenes_score
+
+Scores = dict[str, np.ndarray]
+Source = Callable[[np.ndarray, Sequence[str], Sequence[Mapping[str, Any]]], Mapping[str, Any]]
+Pending = list[tuple[tuple[str, ...], int, futures.Future]]
+
+DEFAULTS = {"weights": "scene_strict=1", "threads": 2}
+_JPEG_QUALITY = 95  # of DDPO's compression task
+
+
+def scene_scores(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+  """Exact rewards of pictures of the embedded world.
+
+  Args:
+    images: uint8 [B, S, S, 3].
+    prompts: B captions of the world.
+    metadata: not read.
+
+  Returns:
+    "scene_strict": 1 where everything asked for is there and nothing else, else 0. "scene_partial": the share of what
+    was asked for, in [0, 1], times asked / (asked + spare) objects; 1 exactly where scene_strict is.
+
+  Raises:
+    ValueError: a prompt is none of the world's, or pictures are not square.
+  """
+  del metadata
+  strict, partial = [], []
+  for prompt, found in zip(prompts, detector.detect(images), strict=True):
+    score, spec = scenes_score.score(prompt, found, images.shape[1]), scene_prompts.parse(prompt)
+    # The partial score of counting has spare objects in it already.
+    spare = 0 if spec.task == "counting" else score.extra
+    asked = len(spec.objects)
+    strict.append(score.strict and score.extra == 0)
+    partial.append(score.partial * asked / (asked + spare))
+  return {"scene_strict": np.float32(strict), "scene_partial": np.float32(partial)}
+
+
+def jpeg_scores(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+  """Compressibility, a toy that needs no model: "jpeg_size" is minus the kilobytes as JPEG of quality 95 over 500."""
+  del prompts, metadata
+  sizes = []
+  for image in images:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format="JPEG", quality=_JPEG_QUALITY)
+    sizes.append(file.tell() / 1000)
+  return {"jpeg_size": -np.float32(sizes) / 500}
+
+
+LOCAL: dict[tuple[str, ...], Source] = {("scene_strict", "scene_partial"): scene_scores, ("jpeg_size",): jpeg_scores}
+
+
+class Reward:
+  """Named scores of pictures, computed in threads of their own.
+
+  Attributes:
+    names: of the scores that a call returns, in the order of the weights.
+    weights: name -> weight; a score of weight 0 is measured without being rewarded.
+  """
+
+  def __init__(self, sources: Mapping[tuple[str, ...], Source], weights: Mapping[str, float], threads: int = 2):
+    """Starts no thread before the first `submit`.
+
+    Args:
+      sources: names -> the function that computes those scores.
+      weights: see `parse_weights`.
+      threads: how many sources or batches are scored at a time.
+
+    Raises:
+      ValueError: weights of unknown names, negative or not finite; fewer than one thread.
+    """
+    known = [name for names in sources for name in names]
+    self.weights = parse_weights(weights, known)
+    if threads < 1:
+      raise ValueError(f"rewards.threads: expected at least 1, got {threads}")
+    self.names = tuple(self.weights)
+    self._sources = {names: source for names, source in sources.items() if set(names) & set(self.names)}
+    self._threads = threads
+    self._tasks: queue.SimpleQueue | None = None
+
+  def __call__(
+    self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+  ) -> Scores:
+    """Scores of B pictures; arguments, result and errors of `submit` and `collect`."""
+    return self.collect(self.submit(images, prompts, metadata))
+
+  def submit(
+    self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+  ) -> Pending:
+    """Begins to score and returns at once; several batches may be under way.
+
+    Args:
+      images: uint8 [B, H, W, 3]; not to be changed before `collect`.
+      prompts: B.
+      metadata: B mappings that a source may read; empty ones where None.
+
+    Raises:
+      ValueError: the arguments do not fit together.
+    """
+    images, prompts = np.asarray(images), list(prompts)
+    metadata = [{} for _ in prompts] if metadata is None else list(metadata)
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+      raise ValueError(f"images: expected uint8 [B, H, W, 3], got {images.dtype} {images.shape}")
+    if not len(images) == len(prompts) == len(metadata):
+      raise ValueError(
+        f"rewards: got {len(images)} images, {len(prompts)} prompts and {len(metadata)} metadata; expected as many"
+      )
+    if self._tasks is None:
+      self._tasks = _start_threads(self._threads)
+    pending = []
+    for names, source in self._sources.items():
+      future: futures.Future = futures.Future()
+      self._tasks.put((future, source, (images, prompts, metadata)))
+      pending.append((names, len(images), future))
+    return pending
+
+  def collect(self, pending: Pending) -> Scores:
+    """Waits for the scores of one `submit`.
+
+    Returns:
+      name -> float32 [B], all finite, one entry for each of `names`.
+
+    Raises:
+      ValueError: a reward is missing, not finite or not one number per picture; the message names it. Errors of a
+        source come through as they are.
+    """
+    scores: Scores = {}
+    for names, count, future in pending:
+      got = future.result()
+      for name in (name for name in names if name in self.weights):
+        scores[name] = _checked(name, got, count)
+    return {name: scores[name] for name in self.names}
+
+
+def _start_threads(count: int) -> queue.SimpleQueue:
+  """Daemons, unlike those of ThreadPoolExecutor: one that waits for a dead server must not keep the program alive."""
+  tasks: queue.SimpleQueue = queue.SimpleQueue()
+  for number in range(count):
+    threading.Thread(target=_serve, args=(tasks,), name=f"reward-{number}", daemon=True).start()
+  return tasks
+
+
+def _serve(tasks: queue.SimpleQueue) -> None:
+  while True:
+    future, source, args = tasks.get()
+    try:
+      future.set_result(source(*args))
+    except BaseException as e:
+      future.set_exception(e)
+
+
+def _checked(name: str, scores: Mapping[str, Any], count: int) -> np.ndarray:
+  if name not in scores:
+    raise ValueError(f"reward {name!r}: its source returned {', '.join(map(repr, scores)) or 'nothing'} instead")
+  values = np.asarray(scores[name], np.float32)
+  if values.shape != (count,):
+    raise ValueError(f"reward {name!r}: expected one number for each of {count} pictures, got shape {values.shape}")
+  wrong = np.flatnonzero(~np.isfinite(values))
+  if wrong.size:
+    raise ValueError(
+      f"reward {name!r}: {wrong.size} of {count} values are not finite, the first is {values[wrong[0]]} for picture"
+      f" {wrong[0]}; correct the reward, training on it would ruin the model"
+    )
+  return values
+
+
+def parse_weights(weights: str | Mapping[str, float], known: Sequence[str]) -> dict[str, float]:
+  """Weights of the sum.
+
+  Args:
+    weights: "scene_strict=1,jpeg_size=0.1", or the same as a mapping; 0 measures without rewarding.
+    known: names there are.
+
+  Raises:
+    ValueError: for a name that is unknown or given twice, a weight that is negative or no number, or no positive one.
+  """
+  pairs = [item.partition("=")[::2] for item in weights.split(",")] if isinstance(weights, str) else weights.items()
+  parsed: dict[str, float] = {}
+  for name, value in ((str(name).strip(), value) for name, value in pairs):
+    if name not in known:
+      raise ValueError(f"rewards.weights: unknown reward {name!r}; there are {', '.join(known)}")
+    if name in parsed:
+      raise ValueError(f"rewards.weights: {name!r} is given twice")
+    try:
+      parsed[name] = float(value)
+    except (TypeError, ValueError):
+      raise ValueError(f"rewards.weights: {name}: expected a number like {name}=1, got {value!r}") from None
+    if not 0 <= parsed[name] < np.inf:
+      raise ValueError(
+        f"rewards.weights: {name}: expected a finite weight of at least 0, got {value}; 0 measures without rewarding"
+      )
+  if not any(parsed.values()):
+    raise ValueError("rewards.weights: expected at least one weight above 0, got none")
+  return parsed
+
+
+def combine(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
+  """The weighted sum, float32 [B]; no reward is normalised by itself.
+
+  Raises:
+    ValueError: a weighted reward has no scores.
+  """
+  missing = [name for name in weights if name not in scores]
+  if missing or not weights:
+    raise ValueError(f"rewards: no scores of {', '.join(missing) or 'any reward'}; got {', '.join(scores) or 'none'}")
+  return np.sum([np.float32(weight) * scores[name] for name, weight in weights.items()], axis=0, dtype=np.float32)
+
+
+def from_config(config: Mapping[str, Any]) -> Reward:
+  """The rewards of a run; computes nothing yet.
+
+  Args:
+    config: weights (see `parse_weights`) and threads; fields left out have the values of DEFAULTS.
+
+  Raises:
+    ValueError: in one line naming the field.
+  """
+  fields = dict(config.items())
+  unknown = sorted(set(fields) - set(DEFAULTS))
+  if unknown:
+    raise ValueError(f"rewards.{unknown[0]}: unknown field; there are {', '.join(DEFAULTS)}")
+  fields = DEFAULTS | fields
+  return Reward(LOCAL, fields["weights"], fields["threads"])

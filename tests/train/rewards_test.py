@@ -1,0 +1,157 @@
+"""Rewards: exact on rendered scenes, spare objects cost, mistakes are named, scoring runs beside the caller."""
+
+import io
+import threading
+
+import numpy as np
+from absl.testing import absltest, parameterized
+from ml_collections import ConfigDict
+from PIL import Image
+
+from elasticdit_jax.data import scenes
+from elasticdit_jax.evals import detector
+from elasticdit_jax.train import rewards
+
+_IMAGES = np.zeros((3, 8, 8, 3), np.uint8)
+_PROMPTS = ["a circle", "a square", "two squares"]
+
+
+def _weights(weights):
+  return ConfigDict({"weights": weights})
+
+
+class SceneTest(parameterized.TestCase):
+  def test_ground_truth_gets_one_and_other_captions_less(self):
+    scene = scenes.render(np.arange(60), seed=3, split="any", task_weights=(1, 1, 1, 1, 1, 1))
+    right = rewards.scene_scores(scene.image, scene.caption, [{}] * 60)
+    self.assertGreater(right["scene_strict"].mean(), 0.98)
+    self.assertGreater(right["scene_partial"].mean(), 0.98)
+    wrong = rewards.scene_scores(scene.image, np.roll(scene.caption, 7), [{}] * 60)
+    self.assertLess(wrong["scene_strict"].mean(), 0.2)
+    for scores in (right, wrong):
+      self.assertTrue(np.all((scores["scene_partial"] == 1) == (scores["scene_strict"] == 1)))
+      self.assertTrue(np.all((scores["scene_partial"] >= 0) & (scores["scene_partial"] <= 1)))
+
+  @parameterized.parameters(
+    ("a circle left of a square", ["circle", "square"], 1, 1),
+    # Both objects right and the relation wrong is two wishes of three.
+    ("a circle right of a square", ["circle", "square"], 0, 2 / 3),
+    ("a circle", ["circle"], 1, 1),
+    ("a circle", ["circle", "square"], 0, 1 / 2),
+    ("a circle", ["circle", "circle"], 0, 1 / 2),
+    ("a circle and a square", ["circle", "square", "triangle"], 0, 2 / 3),
+    ("a circle and a square", ["circle"], 0, 1 / 2),
+    ("two circles", ["circle", "circle"], 1, 1),
+    ("two circles", ["circle", "circle", "circle"], 0, 1 / 2),
+    ("two circles", ["circle"] * 9, 0, 0),
+    ("a circle", [], 0, 0),
+  )
+  def test_terms(self, caption, shapes, strict, partial):
+    found = [detector.Detection(shape, "red", 64, 20 + 40 * i, 10, 300, 0.9) for i, shape in enumerate(shapes)]
+    self.enterContext(_patched(detector, "detect", lambda images: [found]))
+    scores = rewards.scene_scores(np.zeros((1, 128, 128, 3), np.uint8), [caption], [{}])
+    self.assertEqual(scores["scene_strict"].tolist(), [strict])
+    np.testing.assert_allclose(scores["scene_partial"], [partial], rtol=1e-6)
+
+
+class JpegTest(absltest.TestCase):
+  def test_size_of_the_file(self):
+    noise = np.random.default_rng(0).integers(0, 255, (1, 32, 32, 3), np.uint8)
+    scores = rewards.jpeg_scores(np.concatenate([_IMAGES[:1].repeat(4, 1).repeat(4, 2), noise]), ["", ""], [{}, {}])
+    file = io.BytesIO()
+    Image.fromarray(noise[0]).save(file, "JPEG", quality=95)
+    np.testing.assert_allclose(scores["jpeg_size"][1], -len(file.getvalue()) / 500_000)
+    self.assertGreater(scores["jpeg_size"][0], scores["jpeg_size"][1])
+
+
+class RewardTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ("scene_strcit=1", "unknown reward 'scene_strcit'; there are scene_strict, scene_partial, jpeg_size"),
+    ("scene_strict=-1", "scene_strict: expected a finite weight of at least 0, got -1"),
+    ("scene_strict=nan", "expected a finite weight"),
+    ("scene_strict=much", "expected a number like scene_strict=1, got 'much'"),
+    ("scene_strict", "expected a number like scene_strict=1, got ''"),
+    ("scene_strict=1,scene_strict=2", "given twice"),
+    ("scene_strict=0", "at least one weight above 0"),
+    ("", "unknown reward ''"),
+    ({"jpeg_size": -0.5}, "jpeg_size: expected a finite weight"),
+  )
+  def test_refuses_weights(self, weights, message):
+    with self.assertRaisesRegex(ValueError, f"rewards.weights: .*{message}"):
+      rewards.from_config({"weights": weights})
+
+  def test_refuses_fields(self):
+    with self.assertRaisesRegex(ValueError, "rewards.threads: expected at least 1, got 0"):
+      rewards.from_config({"threads": 0})
+    with self.assertRaisesRegex(ValueError, "rewards.wieghts: unknown field; there are weights, threads"):
+      rewards.from_config({"wieghts": "scene_strict=1"})
+
+  def test_names_weights_and_sum(self):
+    reward = rewards.from_config(_weights("jpeg_size=10, scene_partial=0.5,scene_strict=0"))
+    self.assertEqual(reward.names, ("jpeg_size", "scene_partial", "scene_strict"))
+    scene = scenes.render(np.arange(3), seed=3)
+    scores = reward(scene.image, scene.caption)
+    self.assertEqual(tuple(scores), reward.names)
+    for values in scores.values():
+      self.assertEqual((values.dtype, values.shape), (np.float32, (3,)))
+    total = rewards.combine(scores, reward.weights)
+    self.assertEqual((total.dtype, total.shape), (np.float32, (3,)))
+    np.testing.assert_allclose(total, 10 * scores["jpeg_size"] + 0.5 * scores["scene_partial"], rtol=1e-6)
+    with self.assertRaisesRegex(ValueError, "no scores of other; got jpeg_size"):
+      rewards.combine(scores, {"other": 1.0})
+
+  @parameterized.parameters(
+    ({"mine": [1.0, float("nan"), 0.0]}, "reward 'mine': 1 of 3 values are not finite, the first is nan for picture 1"),
+    ({"mine": [1.0, 2.0]}, r"reward 'mine': expected one number for each of 3 pictures, got shape \(2,\)"),
+    ({"other": [1.0, 2.0, 3.0]}, "reward 'mine': its source returned 'other' instead"),
+  )
+  def test_wrong_answers_are_named(self, answer, message):
+    reward = rewards.Reward({("mine",): lambda *_: answer}, {"mine": 1})
+    with self.assertRaisesRegex(ValueError, message):
+      reward(_IMAGES, _PROMPTS)
+
+  def test_errors_of_a_source_come_through(self):
+    reward = rewards.from_config(_weights("scene_strict=1"))
+    with self.assertRaisesRegex(ValueError, "'a photo of a dog' is not a caption"):
+      reward(_IMAGES, ["a photo of a dog"] * 3)
+
+  @parameterized.parameters(
+    ((_IMAGES, _PROMPTS[:2]), "got 3 images, 2 prompts and 2 metadata"),
+    ((_IMAGES, _PROMPTS, [{}]), "got 3 images, 3 prompts and 1 metadata"),
+    ((_IMAGES / 255, _PROMPTS), "images: expected uint8"),
+  )
+  def test_refuses_arguments(self, arguments, message):
+    with self.assertRaisesRegex(ValueError, message):
+      rewards.from_config({})(*arguments)
+
+  def test_scores_beside_the_caller_and_in_parallel(self):
+    """Two batches of two sources meet at one barrier, while the caller goes on."""
+    barrier = threading.Barrier(5, timeout=20)
+
+    def source(name):
+      def score(images, prompts, metadata):
+        barrier.wait()
+        return {name: [row["value"] for row in metadata]}
+
+      return score
+
+    reward = rewards.Reward({("a",): source("a"), ("b",): source("b")}, {"a": 1, "b": 2}, threads=4)
+    batches = [reward.submit(_IMAGES, _PROMPTS, [{"value": base + i} for i in range(3)]) for base in (0, 10)]
+    barrier.wait()
+    for base, pending in zip((0, 10), batches, strict=True):
+      scores = reward.collect(pending)
+      np.testing.assert_array_equal(rewards.combine(scores, reward.weights), 3 * (base + np.arange(3)))
+
+  def test_a_source_nobody_weighs_is_not_called(self):
+    called = []
+    sources = {("a",): lambda *_: {"a": np.ones(3)}, ("b",): lambda *_: called.append(1)}
+    rewards.Reward(sources, {"a": 1})(_IMAGES, _PROMPTS)
+    self.assertEmpty(called)
+
+
+def _patched(module, name, value):
+  return absltest.mock.patch.object(module, name, value)
+
+
+if __name__ == "__main__":
+  absltest.main()
