@@ -5,13 +5,10 @@
   scores = reward.collect(pending)                        # {name: float32 [B]}, every name of reward.names
   total = rewards.combine(scores, reward.weights)         # float32 [B]
 
-A source of scores is any function of (images uint8 [B, H, W, 3], prompts, metadata) that returns {name: [B] numbers}.
-The scene rewards are those of GenEval training (Liu et al. 2025, arXiv 2505.05470) with two corrections: each term lies
-in [0, 1] and a wrong relation counts once, as 0; and objects nobody asked for count against the picture in every task,
-because a model that is not told so learns to draw spare ones.
+A source of scores is any function of (images uint8 [B, H, W, 3], prompts, metadata) that returns {name: [B] numbers}:
+of this process (train.reward_local) or of a server (train.reward_http).
 """
 
-import io
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -19,58 +16,28 @@ from concurrent import futures
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from elasticdit_jax.data import scene_prompts
-from elasticdit_jax.evals import detector, scenes_score
+from elasticdit_jax.train import reward_http, reward_local
 
 Scores = dict[str, np.ndarray]
 Source = Callable[[np.ndarray, Sequence[str], Sequence[Mapping[str, Any]]], Mapping[str, Any]]
 Pending = list[tuple[tuple[str, ...], int, futures.Future]]
 
-DEFAULTS = {"weights": "scene_strict=1", "threads": 2}
-_JPEG_QUALITY = 95  # of DDPO's compression task
+DEFAULTS = {
+  "weights": "scene_strict=1",
+  "servers": "",
+  "batch_size": 64,
+  "timeout": 120.0,
+  "retries": 3,
+  "patience": 86400.0,
+  "threads": 2,
+}
 
 
-def scene_scores(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
-  """Exact rewards of pictures of the embedded world.
-
-  Args:
-    images: uint8 [B, S, S, 3].
-    prompts: B captions of the world.
-    metadata: not read.
-
-  Returns:
-    "scene_strict": 1 where everything asked for is there and nothing else, else 0. "scene_partial": the share of what
-    was asked for, in [0, 1], times asked / (asked + spare) objects; 1 exactly where scene_strict is.
-
-  Raises:
-    ValueError: a prompt is none of the world's, or pictures are not square.
-  """
-  del metadata
-  strict, partial = [], []
-  for prompt, found in zip(prompts, detector.detect(images), strict=True):
-    score, spec = scenes_score.score(prompt, found, images.shape[1]), scene_prompts.parse(prompt)
-    # The partial score of counting has spare objects in it already.
-    spare = 0 if spec.task == "counting" else score.extra
-    asked = len(spec.objects)
-    strict.append(score.strict and score.extra == 0)
-    partial.append(score.partial * asked / (asked + spare))
-  return {"scene_strict": np.float32(strict), "scene_partial": np.float32(partial)}
-
-
-def jpeg_scores(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
-  """Compressibility, a toy that needs no model: "jpeg_size" is minus the kilobytes as JPEG of quality 95 over 500."""
-  del prompts, metadata
-  sizes = []
-  for image in images:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, format="JPEG", quality=_JPEG_QUALITY)
-    sizes.append(file.tell() / 1000)
-  return {"jpeg_size": -np.float32(sizes) / 500}
-
-
-LOCAL: dict[tuple[str, ...], Source] = {("scene_strict", "scene_partial"): scene_scores, ("jpeg_size",): jpeg_scores}
+LOCAL: dict[tuple[str, ...], Source] = {
+  ("scene_strict", "scene_partial"): reward_local.scene_scores,
+  ("jpeg_size",): reward_local.jpeg_scores,
+}
 
 
 class Reward:
@@ -197,13 +164,11 @@ def parse_weights(weights: str | Mapping[str, float], known: Sequence[str]) -> d
   Raises:
     ValueError: for a name that is unknown or given twice, a weight that is negative or no number, or no positive one.
   """
-  pairs = [item.partition("=")[::2] for item in weights.split(",")] if isinstance(weights, str) else weights.items()
+  pairs = _pairs("weights", weights, "scene_strict=1") if isinstance(weights, str) else list(weights.items())
   parsed: dict[str, float] = {}
-  for name, value in ((str(name).strip(), value) for name, value in pairs):
+  for name, value in pairs:
     if name not in known:
       raise ValueError(f"rewards.weights: unknown reward {name!r}; there are {', '.join(known)}")
-    if name in parsed:
-      raise ValueError(f"rewards.weights: {name!r} is given twice")
     try:
       parsed[name] = float(value)
     except (TypeError, ValueError):
@@ -215,6 +180,19 @@ def parse_weights(weights: str | Mapping[str, float], known: Sequence[str]) -> d
   if not any(parsed.values()):
     raise ValueError("rewards.weights: expected at least one weight above 0, got none")
   return parsed
+
+
+def _pairs(field: str, text: str, example: str) -> list[tuple[str, str]]:
+  """ "a=x,b=y" as [("a", "x"), ("b", "y")]."""
+  pairs = [tuple(part.strip() for part in item.partition("=")[::2]) for item in text.split(",") if item.strip()]
+  wrong = [name for name, value in pairs if not name or not value]
+  if wrong or not pairs:
+    raise ValueError(f"rewards.{field}: expected name=value like {example}, got {text!r}")
+  names = [name for name, _ in pairs]
+  twice = [name for name in names if names.count(name) > 1]
+  if twice:
+    raise ValueError(f"rewards.{field}: {twice[0]!r} is given twice")
+  return pairs
 
 
 def combine(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
@@ -230,10 +208,12 @@ def combine(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> n
 
 
 def from_config(config: Mapping[str, Any]) -> Reward:
-  """The rewards of a run; computes nothing yet.
+  """The rewards of a run; asks its servers for their names, computes nothing yet.
 
   Args:
-    config: weights (see `parse_weights`) and threads; fields left out have the values of DEFAULTS.
+    config: fields left out have the values of DEFAULTS. weights: see `parse_weights`; servers: "name=URL", several
+      separated by commas, of rewards computed elsewhere; batch_size, timeout, retries and patience: see
+      reward_http.HttpReward; threads: how many sources or batches are scored at a time.
 
   Raises:
     ValueError: in one line naming the field.
@@ -243,4 +223,23 @@ def from_config(config: Mapping[str, Any]) -> Reward:
   if unknown:
     raise ValueError(f"rewards.{unknown[0]}: unknown field; there are {', '.join(DEFAULTS)}")
   fields = DEFAULTS | fields
-  return Reward(LOCAL, fields["weights"], fields["threads"])
+  remote = _servers(fields)
+  reward = Reward(LOCAL | remote, fields["weights"], fields["threads"])
+  for names, source in remote.items():
+    if set(names) & set(reward.names):
+      source.check()
+  return reward
+
+
+def _servers(fields: Mapping[str, Any]) -> dict[tuple[str, ...], reward_http.HttpReward]:
+  """One source for each address, whatever number of rewards it computes."""
+  if not fields["servers"].strip():
+    return {}
+  local = [name for names in LOCAL for name in names]
+  by_url: dict[str, list[str]] = {}
+  for name, url in _pairs("servers", fields["servers"], "geneval_strict=http://127.0.0.1:18085"):
+    if name in local:
+      raise ValueError(f"rewards.servers: {name!r} is a reward of this library; give the server's another name")
+    by_url.setdefault(url, []).append(name)
+  settings = {key: fields[key] for key in ("batch_size", "timeout", "retries", "patience")}
+  return {tuple(names): reward_http.HttpReward(url, names, **settings) for url, names in by_url.items()}
