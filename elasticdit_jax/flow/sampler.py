@@ -3,8 +3,8 @@
     for t, t_next, key in zip(times[:-1], times[1:], keys):
       x, memory = step.advance(velocity_fn, x, t, t_next, key, memory)
 
-A step rule is a `Step`; `euler`, `heun` and `ab2` are here. Times are data, so another schedule of the same length does
-not recompile; another number of steps does.
+A step rule is a `Step`; `euler`, `heun` and `ab2` are here, those that draw noise in `flow.stochastic`. Times are data,
+so another schedule of the same length does not recompile; another number of steps does.
 """
 
 from collections.abc import Callable
@@ -70,6 +70,24 @@ def sample(
   Raises:
     ValueError: where times is not a vector of at least two entries.
   """
+  return _integrate(velocity_fn, noise, times, step, key, keep=False)[0]
+
+
+def trajectory(
+  velocity_fn: Velocity, noise: Array, times: Array, *, step: Step | None = None, key: jax.Array | None = None
+) -> jax.Array:
+  """Every x on the way of `sample`, float [N + 1, B, ...]: the noise first, the result of `sample` last.
+
+  Arguments and errors are those of `sample`.
+  """
+  _, path_taken = _integrate(velocity_fn, noise, times, step, key, keep=True)
+  return jnp.concatenate([jnp.asarray(noise)[None], path_taken])
+
+
+def _integrate(
+  velocity_fn: Velocity, noise: Array, times: Array, step: Step | None, key: jax.Array | None, keep: bool
+) -> tuple[jax.Array, jax.Array | None]:
+  """(last x, x after every step or None)."""
   step = euler if step is None else step
   times = jnp.asarray(times, jnp.float32)
   if times.ndim != 1 or times.shape[0] < 2:
@@ -84,10 +102,11 @@ def sample(
     x, memory = carry
     t, t_next, step_key = now
     x_next, memory = step.advance(velocity, x, t, t_next, step_key, memory)
-    return (x_next.astype(x.dtype), memory), None
+    x_next = x_next.astype(x.dtype)
+    return (x_next, memory), x_next if keep else None
 
-  (x, _), _ = jax.lax.scan(body, (noise, step.init(noise)), (times[:-1], times[1:], keys))
-  return x
+  (x, _), path_taken = jax.lax.scan(body, (noise, step.init(noise)), (times[:-1], times[1:], keys))
+  return x, path_taken
 
 
 def _no_memory(x: Array) -> tuple[()]:

@@ -116,6 +116,17 @@ class SamplerTest(parameterized.TestCase):
     # Four independent draws add up to variance 4; one key used four times would give 16.
     np.testing.assert_allclose(jnp.var(one), 4.0, rtol=0.2)
 
+  @parameterized.named_parameters(*RULES)
+  def test_trajectory_starts_at_the_noise_and_ends_like_sample(self, step):
+    noise, times = jnp.linspace(-2.0, 2.0, 9)[:, None], sampler.times(5, 2.0)
+    way = sampler.trajectory(gaussian_velocity, noise, times, step=step)
+    self.assertEqual(way.shape, (6, 9, 1))
+    np.testing.assert_array_equal(way[0], noise)
+    np.testing.assert_allclose(way[-1], sampler.sample(gaussian_velocity, noise, times, step=step), rtol=1e-6)
+    np.testing.assert_allclose(
+      way[2], sampler.sample(gaussian_velocity, noise, times[:3], step=step), rtol=1e-6, atol=1e-6
+    )
+
   def test_bad_times(self):
     with self.assertRaisesRegex(ValueError, r"times: expected shape \[steps \+ 1\]"):
       sampler.sample(lambda x, t: x, jnp.ones((1, 2)), jnp.ones(1))
