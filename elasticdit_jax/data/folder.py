@@ -49,7 +49,7 @@ class FolderSource:
     Args:
       path: the folder; searched recursively, names that start with a dot are left out.
       size: S.
-      caption_field: field (column) of the metadata that holds the caption.
+      caption_field: field (column) of the metadata that holds the caption; "" for pictures without captions.
       max_bad_fraction: share of broken pictures above which reading stops.
       min_side: pictures with a shorter side below this many pixels count as broken; S / 2 by default.
 
@@ -136,6 +136,7 @@ class FolderSource:
     picks = np.unique(np.linspace(0, len(names) - 1, _HEADERS_CHECKED).astype(int))
     for name in (names[i] for i in picks):
       try:
+        _check_not_empty(os.path.join(self._path, name))
         with Image.open(os.path.join(self._path, name)) as image:
           _check_side(image, self._min_side)
       except Exception as e:  # Pillow raises nearly every kind for damaged files.
@@ -174,25 +175,39 @@ class _Broken:
     )
 
 
+def _check_not_empty(path: str) -> None:
+  if os.path.isfile(path) and not os.path.getsize(path):
+    raise ValueError("empty: a file of 0 bytes")
+
+
 def _check_side(image: Image.Image, min_side: int) -> None:
   if min(image.size) < min_side:
     raise ValueError(f"too small: {image.width} x {image.height} pixels, expected at least {min_side} on each side")
 
 
-def load_image(path: str, size: int, min_side: int = 1) -> np.ndarray:
+def load_image(path: str, size: int | None, min_side: int = 1) -> np.ndarray:
   """One picture as uint8 [size, size, 3]; see `FolderSource` for what happens to it.
 
+  Args:
+    path: of the file.
+    size: side in pixels; None keeps the picture's own size, [H, W, 3].
+    min_side: least length of the shorter side in pixels.
+
   Raises:
-    Exception: of any kind Pillow knows, where the file cannot be read; ValueError where it is too small.
+    Exception: of any kind Pillow knows, where the file cannot be read; ValueError where it is too small or empty.
   """
+  _check_not_empty(path)
   with Image.open(path) as file:
     _check_side(file, min_side)
-    file.draft(None, (2 * size, 2 * size))  # JPEG decodes at a reduced scale where the picture is much larger
+    if size:
+      file.draft(None, (2 * size, 2 * size))  # JPEG decodes at a reduced scale where the picture is much larger
     image = ImageOps.exif_transpose(file)
     if image.mode in ("I", "I;16", "I;16B"):
       image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
     if image.has_transparency_data:
       image = image.convert("RGBA")
       image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-  return np.asarray(fitted)
+    image = image.convert("RGB")
+    if size:
+      image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+  return np.asarray(image)

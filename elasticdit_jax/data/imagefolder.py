@@ -20,6 +20,11 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 def list_examples(path: str, caption_field: str = "text") -> list[tuple[str, str]]:
   """(file name relative to `path`, caption) of every example, sorted.
 
+  Args:
+    path: the folder.
+    caption_field: field (column) of the metadata that holds the caption; "" reads no captions and no metadata: every
+      picture is an example with the caption "".
+
   Raises:
     ValueError: in one line, where the folder and its captions do not fit together.
   """
@@ -27,13 +32,15 @@ def list_examples(path: str, caption_field: str = "text") -> list[tuple[str, str
     raise ValueError(f"data.path: no folder {path}; give the folder that holds the pictures")
   files = _walk(path)
   pictures = [name for name in files if name.lower().endswith(EXTENSIONS)]
-  examples = []
+  examples = [] if caption_field else [(name, "") for name in pictures]
   for name in files:
-    if os.path.basename(name) in METADATA:
+    if caption_field and os.path.basename(name) in METADATA:
       examples += _read_metadata(path, name, caption_field)
   if not pictures and not examples:
     raise ValueError(f"data.path: no pictures in {path}; expected files ending in {', '.join(EXTENSIONS)}")
   present = set(files)
+  if not caption_field:
+    return sorted(examples)
   absent = sorted({name for name, _ in examples if name not in present and not os.path.isfile(f"{path}/{name}")})
   if absent:
     raise ValueError(

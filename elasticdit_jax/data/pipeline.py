@@ -23,6 +23,7 @@ from elasticdit_jax.data.text import WordEncoder, build_vocabulary
 from elasticdit_jax.types import Batch
 
 SOURCES = ("scenes", "folder")
+_NO_WORDS = ("picture",)  # an encoder needs a word; captions of "" never use it
 _STREAM = 1 << 31  # scenes per order seed; the ranges of different seeds do not overlap
 
 
@@ -251,7 +252,7 @@ def source_from_config(data) -> tuple[Source, Source, WordEncoder]:
 
   Args:
     data: object with the fields source, split, path, size, caption_field, seed, max_bad_fraction, text_length,
-      text_dim and max_words.
+      text_dim and max_words. A folder with caption_field "" is read without captions: for tasks that need none.
 
   Returns:
     Training source, validation source (other scenes, or held-out files) and the encoder of their captions.
@@ -278,6 +279,8 @@ def source_from_config(data) -> tuple[Source, Source, WordEncoder]:
     raise ValueError("data.path: source 'folder' needs a folder of pictures, got ''; add --config.data.path=DIR")
   folder = FolderSource(data.path, data.size, data.caption_field, max_bad_fraction=data.max_bad_fraction)
   train, validation = folder.split()
+  if not data.caption_field:
+    return train, validation, WordEncoder(_NO_WORDS, data.text_length, data.text_dim)
   try:
     words = build_vocabulary(folder.captions, data.max_words)
   except ValueError as e:

@@ -51,6 +51,15 @@ class LoadImageTest(parameterized.TestCase):
     self.assertLess(loaded[4].mean(), 20)
     self.assertGreater(loaded[-4].mean(), 235)
 
+  def test_own_size_and_one_pixel(self):
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 13, 3), np.uint8)
+    np.testing.assert_array_equal(folder.load_image(self.save(Image.fromarray(pixels), "a.png"), None), pixels)
+    dot = self.save(Image.new("L", (1, 1), 7), "b.png")
+    np.testing.assert_array_equal(folder.load_image(dot, None), np.full((1, 1, 3), 7))
+    np.testing.assert_array_equal(folder.load_image(dot, 4), np.full((4, 4, 3), 7))
+    with self.assertRaisesRegex(ValueError, "too small: 1 x 1 pixels, expected at least 2 on each side"):
+      folder.load_image(dot, None, min_side=2)
+
   def test_large_jpeg_equals_the_full_decode_closely(self):
     y, x = np.mgrid[0:512, 0:512] / 512
     pixels = (np.stack([x, y, (1 + np.sin(20 * x * y)) / 2], -1) * 255).astype(np.uint8)
@@ -108,6 +117,14 @@ class FolderSourceTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, r"3 of 10 .*first 000\.png"):
       folder.FolderSource(self.path, 16)
     self.assertEqual(folder.FolderSource(self.path, 16, max_bad_fraction=0.3).read_one(0)[2], 3)
+
+  def test_an_empty_file_is_named_as_such(self):
+    pictures.write_folder(self.path, 4)
+    with open(os.path.join(self.path, "002.png"), "wb"):
+      pass
+    with self.assertRaisesRegex(ValueError, "1 of 4 .*first 002.png: empty: a file of 0 bytes"):
+      folder.FolderSource(self.path, 16)
+    self.assertEqual(folder.FolderSource(self.path, 16, max_bad_fraction=0.5).read_one(2)[1:], ("number 3", 1))
 
   def test_small_pictures_count_as_broken(self):
     pictures.write_folder(self.path, 4)

@@ -69,6 +69,12 @@ class ListExamplesTest(absltest.TestCase):
     self.write("metadata.jsonl", '{"file_name": "2.png", "text": null}\n')
     self.refused(r"4 of 5 pictures .* no caption, first 1.png, 2.png, 3.png, \.\.\.; add a row .*\.txt")
 
+  def test_without_a_caption_field_nothing_is_captioned(self):
+    self.picture("alone.png")
+    self.picture("000.png")
+    self.write("metadata.jsonl", "not JSON")
+    self.assertEqual(imagefolder.list_examples(self.path, ""), [("000.png", ""), ("alone.png", "")])
+
   def test_metadata_of_absent_files(self):
     self.picture("a.png")
     self.write("metadata.jsonl", '{"file_name": "a.png", "text": "x"}\n{"file_name": "gone.png", "text": "y"}\n')

@@ -205,6 +205,15 @@ class SourceFromConfigTest(parameterized.TestCase):
     self.assertLen(encoder.words, 30)
     take(train, encoder, 1)
 
+  def test_folder_without_captions(self):
+    path = pictures.new_folder(self)
+    for i in range(4):
+      pictures.picture(i).save(os.path.join(path, f"{i}.png"))
+    config = self.config(source="folder", path=path, caption_field="")
+    train, validation, encoder = pipeline.source_from_config(config)
+    self.assertEqual((len(train), len(validation)), (3, 1))
+    self.assertFalse(take(train, encoder, 1)[0].text.mask.any())
+
   def test_captions_without_a_word(self):
     path = pictures.new_folder(self)
     pictures.picture(0).save(os.path.join(path, "a.png"))
