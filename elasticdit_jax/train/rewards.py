@@ -6,7 +6,7 @@
   total = rewards.combine(scores, reward.weights)         # float32 [B]
 
 A source of scores is any function of (images uint8 [B, H, W, 3], prompts, metadata) that returns {name: [B] numbers}:
-of this process (train.reward_local) or of a server (train.reward_http).
+of this process (train.reward_local, and evals.preference for those with weights) or of a server (train.reward_http).
 """
 
 import queue
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from elasticdit_jax.evals import preference
 from elasticdit_jax.train import reward_http, reward_local
 
 Scores = dict[str, np.ndarray]
@@ -25,6 +26,7 @@ Pending = list[tuple[tuple[str, ...], int, futures.Future]]
 
 DEFAULTS = {
   "weights": "scene_strict=1",
+  "models": "",
   "servers": "",
   "batch_size": 64,
   "timeout": 120.0,
@@ -168,7 +170,8 @@ def parse_weights(weights: str | Mapping[str, float], known: Sequence[str]) -> d
   parsed: dict[str, float] = {}
   for name, value in pairs:
     if name not in known:
-      raise ValueError(f"rewards.weights: unknown reward {name!r}; there are {', '.join(known)}")
+      hint = f"; give its weights with rewards.models={name}=DIRECTORY" if name in preference.KINDS else ""
+      raise ValueError(f"rewards.weights: unknown reward {name!r}; there are {', '.join(known)}{hint}")
     try:
       parsed[name] = float(value)
     except (TypeError, ValueError):
@@ -208,12 +211,13 @@ def combine(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> n
 
 
 def from_config(config: Mapping[str, Any]) -> Reward:
-  """The rewards of a run; asks its servers for their names, computes nothing yet.
+  """The rewards of a run: reads their models and asks their servers for names, computes nothing yet.
 
   Args:
-    config: fields left out have the values of DEFAULTS. weights: see `parse_weights`; servers: "name=URL", several
-      separated by commas, of rewards computed elsewhere; batch_size, timeout, retries and patience: see
-      reward_http.HttpReward; threads: how many sources or batches are scored at a time.
+    config: fields left out have the values of DEFAULTS. weights: see `parse_weights`; models: "name=DIRECTORY", several
+      separated by commas, of those in evals.preference; servers: "name=URL" likewise, of rewards computed elsewhere;
+      batch_size, timeout, retries and patience: see reward_http.HttpReward; threads: how many sources or batches are
+      scored at a time.
 
   Raises:
     ValueError: in one line naming the field.
@@ -223,19 +227,33 @@ def from_config(config: Mapping[str, Any]) -> Reward:
   if unknown:
     raise ValueError(f"rewards.{unknown[0]}: unknown field; there are {', '.join(DEFAULTS)}")
   fields = DEFAULTS | fields
-  remote = _servers(fields)
-  reward = Reward(LOCAL | remote, fields["weights"], fields["threads"])
-  for names, source in remote.items():
-    if set(names) & set(reward.names):
-      source.check()
-  return reward
+  models, servers = _models(fields["models"]), _servers(fields)
+  known = [name for names in [*LOCAL, *models, *servers] for name in names]
+  weights = parse_weights(fields["weights"], known)
+  # Only now, because reading a model takes a while.
+  read = {names: preference.load(*names, path) for names, path in models.items() if names[0] in weights}
+  for names, server in servers.items():
+    if set(names) & set(weights):
+      server.check()
+  return Reward(LOCAL | read | servers, weights, fields["threads"])
+
+
+def _models(text: str) -> dict[tuple[str, ...], str]:
+  """The directory of each reward that has weights."""
+  if not text.strip():
+    return {}
+  pairs = _pairs("models", text, "pick_score=DIRECTORY")
+  unknown = [name for name, _ in pairs if name not in preference.KINDS]
+  if unknown:
+    raise ValueError(f"rewards.models: unknown model {unknown[0]!r}; there are {', '.join(preference.KINDS)}")
+  return {(name,): path for name, path in pairs}
 
 
 def _servers(fields: Mapping[str, Any]) -> dict[tuple[str, ...], reward_http.HttpReward]:
   """One source for each address, whatever number of rewards it computes."""
   if not fields["servers"].strip():
     return {}
-  local = [name for names in LOCAL for name in names]
+  local = {name for names in LOCAL for name in names} | set(preference.KINDS)
   by_url: dict[str, list[str]] = {}
   for name, url in _pairs("servers", fields["servers"], "geneval_strict=http://127.0.0.1:18085"):
     if name in local:

@@ -20,6 +20,7 @@ def _weights(weights):
 class RewardTest(parameterized.TestCase):
   @parameterized.parameters(
     ("scene_strcit=1", "unknown reward 'scene_strcit'; there are scene_strict, scene_partial, jpeg_size"),
+    ("pick_score=1", "unknown reward 'pick_score'; .*; give its weights with rewards.models=pick_score=DIRECTORY"),
     ("scene_strict=-1", "scene_strict: expected a finite weight of at least 0, got -1"),
     ("scene_strict=nan", "expected a finite weight"),
     ("scene_strict=much", "expected a number like scene_strict=1, got 'much'"),
@@ -36,7 +37,11 @@ class RewardTest(parameterized.TestCase):
   def test_refuses_fields(self):
     with self.assertRaisesRegex(ValueError, "rewards.threads: expected at least 1, got 0"):
       rewards.from_config({"threads": 0})
-    with self.assertRaisesRegex(ValueError, "rewards.wieghts: unknown field; there are weights, servers"):
+    with self.assertRaisesRegex(ValueError, "rewards.models: unknown model 'hps'; there are clip_score, pick_score"):
+      rewards.from_config({"models": "hps=here"})
+    with self.assertRaisesRegex(ValueError, "pick_score: no directory nowhere"):
+      rewards.from_config({"models": "pick_score=nowhere", "weights": "pick_score=1"})
+    with self.assertRaisesRegex(ValueError, "rewards.wieghts: unknown field; there are weights, models"):
       rewards.from_config({"wieghts": "scene_strict=1"})
 
   def test_names_weights_and_sum(self):
