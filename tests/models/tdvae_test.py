@@ -1,6 +1,7 @@
-"""T-DVAE: shapes, any size, the wavelet pyramid against PyWavelets, exact upsampling, parameter counts, messages."""
+"""T-DVAE: shapes, any size, the wavelet pyramid against PyWavelets, presets, the forms of one function, messages."""
 
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +9,35 @@ import numpy as np
 import pywt
 from absl.testing import absltest, parameterized
 
-from elasticdit_jax.models import tdvae
+import elasticdit_jax
+from elasticdit_jax.evals.flops import count_flops
+from elasticdit_jax.interop import model_dir
+from elasticdit_jax.models import codec, tdvae
 from elasticdit_jax.models.tdvae import TDVAE, VAEConfig
 from tests.models import cases
 
 SMALL = {
   8: VAEConfig(8, (4, 8, 8), (0, 0, 1), (0, 0, 1), flow=4),
   16: VAEConfig(16, (4, 8, 8, 8), (0, 0, 0, 1), (0, 1, 0, 1), flow=4),
+}
+
+GROUPED = VAEConfig(
+  8,
+  (8, 8, 16),
+  (1, 1, 1),
+  (1, 1, 1),
+  flow=8,
+  shortcut=False,
+  groups=(1, 2, 4),
+  mid_blocks=2,
+  mid_groups=4,
+  narrow_upsample=False,
+  decoder_norm=True,
+)
+
+EMBEDDED = {
+  8: ((-4.60035, 0.11998, -3.99378, -6.57372), (0.12317, 0.32581, 0.30180)),
+  16: ((0.47058, 1.63523, -4.29906, 0.56229), (0.22224, 0.03504, 0.12889)),
 }
 
 
@@ -118,29 +141,77 @@ class PyramidTest(parameterized.TestCase):
     self.assertEqual(_call(cfg, cases.random_tree(shapes), _image(16, 16), None).shape, (2, 16, 16, 3))
 
 
-class UpsampleTest(parameterized.TestCase):
-  @parameterized.parameters((4, 6), (1, 1), (3, 5))
-  def test_equals_nearest_and_a_3x3_convolution(self, height, width):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(2, height, width, 5)).astype(np.float32)
-    kernel, bias = rng.normal(size=(3, 3, 5, 7)).astype(np.float32), rng.normal(size=7).astype(np.float32)
-    big = np.repeat(np.repeat(x, 2, axis=1), 2, axis=2)
-    expected = jax.lax.conv_general_dilated(big, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    out = tdvae.Upsample(7).apply({"params": {"kernel": kernel, "bias": bias}}, x)
-    np.testing.assert_allclose(out, expected + bias, atol=1e-4)
+class FormsTest(absltest.TestCase):
+  def test_fused_and_plain_upsampling_draw_the_same_picture(self):
+    cfg = SMALL[16]
+    z = np.random.default_rng(0).normal(size=(1, 2, 3, 16)).astype(np.float32)
+    fused, plain = (
+      jax.jit(lambda p, z, f=f: TDVAE(cfg, f).apply({"params": p}, z, method="decode"))(_params(cfg), z)
+      for f in (True, False)
+    )
+    np.testing.assert_allclose(fused, plain, atol=1e-5)
 
-  def test_costs_less_than_half(self):
-    x, kernel = np.zeros((1, 16, 16, 8), np.float32), np.zeros((3, 3, 8, 8), np.float32)
-    params = {"kernel": kernel, "bias": np.zeros(8, np.float32)}
+  def test_deployed_it_does_what_it_did_in_training_form(self):
+    cfg, image = dataclasses.replace(GROUPED, branches=True), _image(16, 24)
+    params = _params(cfg)
+    deployed, merged = tdvae.deploy(cfg, params)
+    self.assertEqual(deployed, GROUPED)
+    self.assertEqual(jax.tree.map(np.shape, merged), jax.tree.map(lambda s: s.shape, tdvae.init_shapes(GROUPED)))
+    trained = _call(cfg, params, image, None)
+    self.assertGreater(np.abs(trained).max(), 0.1)
+    np.testing.assert_allclose(_call(deployed, merged, image, None), trained, atol=2e-5)
+    again, same = tdvae.deploy(deployed, merged)
+    self.assertEqual(again, deployed)
+    jax.tree.map(np.testing.assert_array_equal, same, merged)
 
-    def flops(run):
-      return jax.jit(run).lower(x).compile().cost_analysis()["flops"]
 
-    def plain(x):
-      big = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-      return jax.lax.conv_general_dilated(big, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+class PresetTest(parameterized.TestCase):
+  # Ours, at 1024 px, with 2 FLOPs per multiply-add: the paper says 3.37 and 1.81, and has no f16 row.
+  @parameterized.parameters(
+    ("tdvae1-f8", 3.363, 3.020, 40.84),
+    ("tdvae2-f8", 1.796, 1.453, 10.06),
+    ("tdvae1-f16", 3.408, 3.021, 53.82),
+    ("tdvae2-f16", 1.891, 1.504, 18.50),
+    ("tdvae2-dense-f8", 1.989, 1.796, 28.30),
+  )
+  def test_compute_and_parameters(self, name, plain, fused, millions):
+    cfg = tdvae.PRESETS[name]
+    shapes = tdvae.init_shapes(cfg)
+    self.assertAlmostEqual(sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6, millions, places=2)
+    image = jax.ShapeDtypeStruct((1, 1024, 1024, 3), jnp.float32)
+    for fuse, expected in ((False, plain), (True, fused)):
+      flops = count_flops(lambda p, x, f=fuse: TDVAE(cfg, f).apply({"params": p}, x), shapes, image)
+      self.assertAlmostEqual(flops / 1e12, expected, places=3)
 
-    self.assertLess(flops(lambda x: tdvae.Upsample(8).apply({"params": params}, x)) / flops(plain), 0.5)
+  def test_grouped_stages_middle_and_last_norm(self):
+    image = _image(17, 30)
+    params = _params(GROUPED)
+    self.assertEqual(params["encoder"]["stage_2_block_0"]["conv1"]["kernel"].shape, (3, 3, 4, 16))
+    self.assertIn("mid_block_1", params["decoder"])
+    self.assertIn("norm_out", params["decoder"])
+    self.assertEqual(params["decoder"]["up_2"]["kernel"].shape, (3, 3, 16, 16))
+    out = _call(GROUPED, params, image, None)
+    self.assertEqual(out.shape, image.shape)
+    self.assertTrue(np.isfinite(out).all())
+
+  @parameterized.parameters((1, (12, 12, 12)), (4, (12, 48, 192)))
+  def test_bands_carried_on(self, carried, channels):
+    cfg = dataclasses.replace(SMALL[8], carried_bands=carried)
+    params = _params(cfg)
+    self.assertEqual(tuple(params["decoder"][f"delta_{i}"]["bias"].size for i in range(3)), channels)
+    self.assertEqual(params["encoder"]["flow_2"]["kernel"].shape[2], channels[2])
+    image = _image(8, 16)
+    self.assertEqual(_call(cfg, params, image, None).shape, image.shape)
+
+  def test_embedded_weights_answer_as_they_did(self):
+    """Numbers from the code these weights were trained with."""
+    image = np.sin(np.arange(32 * 48 * 3).reshape(1, 32, 48, 3) ** 1.1 * 0.05).astype(np.float32)
+    codecs = model_dir.load_codecs(pathlib.Path(elasticdit_jax.__file__).parent / "weights" / "tiny")
+    for factor, (latent, pixel) in EMBEDDED.items():
+      z = jax.jit(codec.Codec.encode)(codecs[factor], image)
+      y = jax.jit(codec.Codec.decode)(codecs[factor], z)
+      np.testing.assert_allclose(z[0, 1, 2, :4], latent, atol=1e-4)
+      np.testing.assert_allclose(y[0, 10, 20], pixel, atol=1e-4)
 
 
 class ConfigTest(parameterized.TestCase):
@@ -169,6 +240,14 @@ class ConfigTest(parameterized.TestCase):
     ({"flow": 0}, "flow: expected positive numbers of channels, got 0"),
     ({"latent_channels": "16"}, "latent_channels: expected positive numbers of channels, got '16'"),
     ({"shortcut": 1}, "shortcut: expected true or false, got 1"),
+    ({"branches": "yes"}, "branches: expected true or false, got 'yes'"),
+    ({"groups": (1, 2)}, "VAEConfig.groups: f8 has 3 stages, got .1, 2."),
+    ({"groups": (1, 1, 3)}, "VAEConfig.groups: 8 channels do not split into 3 groups; choose"),
+    ({"groups": (1, 1, 0)}, "VAEConfig.groups: expected positive numbers of groups"),
+    ({"mid_blocks": 1, "mid_groups": 3}, "VAEConfig.mid_groups: 8 channels do not split into 3 groups"),
+    ({"mid_blocks": -1}, "mid_blocks: expected numbers of blocks, 0 or more, got -1"),
+    ({"norm_groups": 12}, "norm_groups: expected a power of two, got 12"),
+    ({"carried_bands": 2}, "carried_bands: expected 1, 3 or 4, got 2"),
   )
   def test_messages(self, change, message):
     with self.assertRaisesRegex(ValueError, message):
