@@ -252,7 +252,12 @@ class ShutdownTest(absltest.TestCase):
 
   def run_script(self, mode: str, interrupt: bool) -> int:
     process = subprocess.Popen(
-      [sys.executable, "-c", SCRIPT, mode], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+      [sys.executable, "-c", SCRIPT, mode],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
+      text=True,
+      # Where the tests run in the background of a script, Ctrl-C is ignored, and children inherit that.
+      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     self.addCleanup(process.stdout.close)
     self.addCleanup(process.kill)
