@@ -189,9 +189,9 @@ class Pipeline:
     seed: int = 0,
     size: int | tuple[int, int] | None = None,
     solver: str = "euler",
-    first: int = 0,
+    first: int | Sequence[int] = 0,
   ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional (array) and keyword (static) arguments of `sample_images` for one chunk; checks everything first."""
+    """Arguments of `sample_images`, arrays and static ones, for one chunk; `first` may number every picture itself."""
     model, chosen = self.model, self.select(route)
     if solver not in SOLVERS:
       raise ValueError(f"solver: unknown solver {solver!r}; expected one of {', '.join(SOLVERS)}")
@@ -203,7 +203,7 @@ class Pipeline:
     tokens = rows * columns // model.cfg.patch**2
     times = sampler.times(steps, path.shift_for(tokens, model.flow.tokens, model.flow.shift))
     scale = None if guidance == 1 else jnp.float32(guidance)
-    index = first + np.arange(len(captions), dtype=np.int32)
+    index = np.asarray(first + np.arange(len(captions)) if isinstance(first, int) else first, np.int32)
     text, null = model.encoder.encode(captions), model.encoder.encode([""])
     args = (model.params, model.codecs[chosen.vae], text, null, scale, np.uint32(seed), index, times)
     return args, {"cfg": model.cfg, "route": chosen, "grid": (rows, columns), "step": SOLVERS[solver]}

@@ -9,7 +9,7 @@ import numpy as np
 from absl import logging
 
 from elasticdit_jax.data import pipeline as data_pipeline
-from elasticdit_jax.evals import profile, report, scene_eval
+from elasticdit_jax.evals import benchmark, benchmark_tables, profile, report, scene_eval
 from elasticdit_jax.evals.validation import Validation, make_validation
 from elasticdit_jax.generate import Pipeline, parse_routes
 
@@ -27,6 +27,14 @@ def run(config: Any, workdir: str) -> None:
   Raises:
     ValueError: in one line; nothing has been written then.
   """
+  if "benchmark" in config:
+    return benchmark.run(config, workdir)
+  if "runs" in config:
+    return benchmark_tables.run(config, workdir)
+  return _report(config, workdir)
+
+
+def _report(config: Any, workdir: str) -> None:
   _check(config, workdir)
   pipeline = Pipeline.load(config.checkpoint or None)
   names = parse_routes(config.routes, pipeline)

@@ -1,0 +1,198 @@
+"""Task `evaluate` with a benchmark: draws its prompts along every route into the folders that its evaluator reads.
+
+    WORKDIR/<route>/...             pictures, and nothing the evaluator would trip over; see evals.layouts
+    WORKDIR/results/<route>/        where the evaluator's own results belong; the command is printed at the end
+    WORKDIR/benchmark.json          what was drawn, and with which weights
+    WORKDIR/tables.md               the results in the paper's layout, once they are there and the command runs again
+
+A picture is a function of (weights, route, prompt, its number, seed) and of the size of the batch, in which rounding
+differs. Batches are cut from the list of files before anything else, so that neither an interruption nor the number of
+hosts changes a picture. A file is there once it is whole: the same command again draws what is missing.
+"""
+
+import hashlib
+import io
+import json
+import os
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from PIL import Image
+
+from elasticdit_jax import generate
+from elasticdit_jax.evals import benchmark_tables, layouts
+
+_JPEG_QUALITY = 75  # of Pillow where nobody names one, as in the evaluators' own examples
+_LOG_EVERY = 30.0  # seconds
+_SAMPLING = ("steps", "guidance", "seed", "solver")
+
+
+def run(config: Any, workdir: str) -> None:
+  """Draws one benchmark and, where its evaluator's results are there, writes tables.
+
+  Args:
+    config: fields benchmark (one of layouts.BENCHMARKS), prompts (their path, or "scenes"), count (pictures per prompt;
+      0 = as many as its authors ask for), checkpoint, routes, steps, guidance, seed, solver, size (0 = the model's) and
+      batch_size.
+    workdir: is created.
+
+  Raises:
+    ValueError: in one line; nothing has been drawn then.
+  """
+  name = config.benchmark
+  if name not in layouts.BENCHMARKS:
+    raise ValueError(f"config.benchmark: unknown benchmark {name!r}; there are {', '.join(layouts.BENCHMARKS)}")
+  benchmark = layouts.BENCHMARKS[name]
+  found = layouts.rows(name, config.prompts)
+  count = config.count or benchmark.count
+  cells = layouts.cells(name, found, count)
+  batches = _batches(cells, config.batch_size)
+  pipeline = generate.Pipeline.load(config.checkpoint or None, config.batch_size)
+  names = generate.parse_routes(config.routes, pipeline)
+  size = config.size or pipeline.model.size
+  settings = {key: config[key] for key in _SAMPLING} | {"size": size}
+  _encode(pipeline, found)
+  for route in names:
+    pipeline.arguments([""], route, **settings)
+  described = {
+    "benchmark": name,
+    "prompts": _digest([row.prompt for row in found]),
+    "pictures": len(found) * count,
+    "settings": settings | {"count": count, "batch_size": config.batch_size},
+    "weights": _digest([np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(pipeline.model.params)]),
+    "routes": {route: _describe(pipeline.select(route)) for route in names},
+  }
+  _claim(workdir, described)
+  for route in names:
+    _draw(pipeline, route, settings, batches, os.path.join(workdir, route))
+  if jax.process_index() == 0:
+    for route in names:
+      _explain(workdir, route, benchmark, size, count)
+    benchmark_tables.write(workdir, [workdir])
+
+
+def _batches(cells: Sequence[layouts.Cell], batch_size: int) -> list[list[layouts.Cell]]:
+  """Files whose pictures are computed together."""
+  most = batch_size // max(len(cell.numbers) for cell in cells)
+  if most < 1:
+    raise ValueError(
+      f"config.batch_size: expected at least {max(len(cell.numbers) for cell in cells)}, the pictures of one file, got"
+      f" {batch_size}"
+    )
+  return [list(cells[start : start + most]) for start in range(0, len(cells), most)]
+
+
+def _encode(pipeline: generate.Pipeline, found: Sequence[layouts.Row]) -> None:
+  """Raises ValueError for the first prompt that the model cannot read, naming its line."""
+  for row in found:
+    try:
+      pipeline.model.encoder.encode([row.prompt])
+    except ValueError as e:
+      raise ValueError(f"config.prompts: {row.where}: {e}") from e
+
+
+def _digest(parts: Sequence[str | bytes]) -> str:
+  digest = hashlib.blake2b(digest_size=16)
+  for part in parts:
+    data = part.encode() if isinstance(part, str) else part
+    digest.update(len(data).to_bytes(8, "little") + data)
+  return digest.hexdigest()
+
+
+def _describe(route: Any) -> dict[str, Any]:
+  active = [route.sparsity[i] for i in route.active]
+  return {"vae": route.vae, "blocks": len(active), "sparsity": sum(active) / len(active)}
+
+
+def _claim(workdir: str, described: Mapping[str, Any]) -> None:
+  """Writes benchmark.json; refuses a workdir whose pictures were drawn otherwise."""
+  path = os.path.join(workdir, "benchmark.json")
+  routes = dict(described["routes"])
+  if os.path.exists(path):
+    with open(path) as f:
+      old = json.load(f)
+    fields = [key for key in described if key != "routes" and old.get(key) != described[key]]
+    fields += [f"routes.{key}" for key in routes if old["routes"].get(key, routes[key]) != routes[key]]
+    if fields:
+      raise ValueError(
+        f"workdir: {workdir} holds pictures drawn otherwise ({', '.join(fields)} in benchmark.json differ); choose"
+        " another --workdir"
+      )
+    routes = old["routes"] | routes
+  elif os.path.isdir(workdir) and os.path.exists(os.path.join(workdir, "config.json")):
+    raise ValueError(f"workdir: {workdir} holds a training run; choose another --workdir")
+  os.makedirs(workdir, exist_ok=True)
+  if jax.process_index() == 0:
+    _place(workdir, path, (json.dumps(dict(described) | {"routes": routes}, indent=1) + "\n").encode())
+
+
+def _draw(
+  pipeline: generate.Pipeline,
+  route: str,
+  settings: Mapping[str, Any],
+  batches: Sequence[Sequence[layouts.Cell]],
+  root: str,
+) -> None:
+  """Draws the batches of this host that miss a file."""
+  mine = batches[jax.process_index() :: jax.process_count()]
+  missing = [batch for batch in mine if not all(os.path.exists(os.path.join(root, cell.file)) for cell in batch)]
+  logging.info("%s: %d of %d batches to draw", route, len(missing), len(mine))
+  begin = said = time.monotonic()
+  for done, batch in enumerate(missing, start=1):
+    for cell, pictures in zip(batch, _pictures(pipeline, route, settings, batch), strict=True):
+      _write(root, cell, pictures)
+    now = time.monotonic()
+    if now - said > _LOG_EVERY:
+      said = now
+      left = (now - begin) / done * (len(missing) - done)
+      logging.info("%s: %d of %d batches, %.0f min left", route, done, len(missing), left / 60)
+
+
+def _pictures(
+  pipeline: generate.Pipeline, route: str, settings: Mapping[str, Any], batch: Sequence[layouts.Cell]
+) -> Iterator[np.ndarray]:
+  """uint8 [pictures of the cell, H, W, 3] of each cell; one program whatever the number of cells."""
+  prompts = [cell.prompt for cell in batch for _ in cell.numbers]
+  numbers = [layouts.noise_number(cell.prompt, number) for cell in batch for number in cell.numbers]
+  spare = pipeline.batch_size - len(prompts)
+  args, static = pipeline.arguments(prompts + [""] * spare, route, first=numbers + [0] * spare, **settings)
+  images, start = np.asarray(generate.sample_images(*args, **static)), 0
+  for cell in batch:
+    yield images[start : start + len(cell.numbers)]
+    start += len(cell.numbers)
+
+
+def _write(root: str, cell: layouts.Cell, pictures: np.ndarray) -> None:
+  """The files beside a cell's first, then the cell's own, each of them whole or absent."""
+  workdir = os.path.dirname(root)
+  for name, text in cell.beside.items():
+    if not os.path.exists(os.path.join(root, name)):
+      _place(workdir, os.path.join(root, name), text.encode())
+  if len(pictures) == 4:
+    pictures = np.concatenate([np.concatenate(list(pair), axis=1) for pair in (pictures[:2], pictures[2:])])[None]
+  file = io.BytesIO()
+  kind = {"quality": _JPEG_QUALITY, "format": "JPEG"} if cell.file.endswith(".jpg") else {"format": "PNG"}
+  Image.fromarray(pictures[0]).save(file, **kind)
+  _place(workdir, os.path.join(root, cell.file), file.getvalue())
+
+
+def _place(workdir: str, path: str, data: bytes) -> None:
+  """Writes elsewhere and renames: evaluators list their folders, and would read a rest of an interrupted run."""
+  os.makedirs(os.path.dirname(path), exist_ok=True)
+  partial = os.path.join(workdir, f".partial-{jax.process_index()}")
+  with open(partial, "wb") as f:
+    f.write(data)
+  os.replace(partial, path)
+
+
+def _explain(workdir: str, route: str, benchmark: layouts.Benchmark, size: int, count: int) -> None:
+  results = os.path.join(workdir, "results", route)
+  os.makedirs(results, exist_ok=True)
+  root = os.path.join(workdir, route)
+  fields = {"root": shlex.quote(root), "results": shlex.quote(results), "size": size, "count": count}
+  logging.info("%s: evaluate with: %s", route, benchmark.command.format(**fields))
