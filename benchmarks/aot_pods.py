@@ -5,10 +5,10 @@
   python benchmarks/aot_pods.py --sizes=S,B,L --pixels=512,1024 --table=docs/pods.md    # its table: hours of one core
   python benchmarks/aot_pods.py --topologies=v5e-256 --per_chip=8 --remat=full
 
-A case is step.make_step as the uwco task runs it in phases 2 and 4: encoder, flex-max and flex-lite on one batch, both
-sparse, block by block recomputation, bfloat16 over float32 parameters, AdamW, EMA, state and batch laid out by
-train/sharding.py. The exit code is 1 where a program does not fit its chips. With --table the lines of the cases just
-compiled take the place of older ones in a Markdown file, between two comments that say aot_pods.
+A case is step.make_step as configs/uwco.py:paper runs it in phases 2 and 4: encoder, flex-max and flex-lite on one
+batch, both sparse, block by block recomputation, bfloat16 over float32 parameters, optimiser and EMA; state and batch
+laid out by train/sharding.py. The exit code is 1 where a program does not fit its chips. With --table the lines of the
+cases just compiled take the place of older ones in a Markdown file, between two comments that say aot_pods.
 
 Printed for one chip: HBM (arguments, results, temporaries, code) beside what the chip has, FLOPs counted in the jaxpr
 (recomputation included; "model" leaves it out), collectives by kind with the bytes that go over the wires by ring
@@ -30,6 +30,8 @@ import accelerators
 import hlo_collectives
 import pods_table
 
+from elasticdit_jax import config_file
+
 # Name -> (what the compiler calls it, slices). Names as Cloud TPU sells them: those of v5p count cores, two a chip.
 TOPOLOGIES = {
   "v5e-256": ("v5e:16x16", 1),
@@ -37,8 +39,6 @@ TOPOLOGIES = {
   "v5p-512": ("v5p:4x8x8", 1),
   "v5e-256x2": ("v5e:16x16", 2),
 }
-_OPTIMIZER = {"learning_rate": 1e-4, "warmup_steps": 0, "decay_fraction": 0.0, "weight_decay": 0.01}
-_OPTIMIZER |= {"b1": 0.9, "b2": 0.99, "clip_norm": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,6 @@ class Case:
   remat: str
   vae: str
   optimizer: str
-  text: int
 
   @property
   def name(self) -> str:
@@ -71,10 +70,9 @@ def main() -> None:
   parser.add_argument("--fsdp", type=int, default=16, help="chips that share one copy of the state")
   parser.add_argument("--tensor", type=int, default=1)
   parser.add_argument("--rho", type=float, default=0.8416, help="share of key blocks dropped; 0 for dense attention")
-  parser.add_argument("--remat", default="full")
+  parser.add_argument("--remat", default=_config().model.remat)
   parser.add_argument("--vae", default="tdvae2", help="preset of the encoder")
-  parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"))
-  parser.add_argument("--text", type=int, default=128, help="tokens of a caption")
+  parser.add_argument("--optimizer", default=_config().optimizer.name, choices=("adamw", "muon"))
   parser.add_argument("--timeout", type=int, default=7200, help="seconds for one compilation")
   parser.add_argument("--table", help="Markdown file whose table gets these lines")
   parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -93,9 +91,14 @@ def main() -> None:
   sys.exit(not fitted)
 
 
+def _config():
+  """The pod-scale job."""
+  return config_file.load("configs/uwco.py:paper")
+
+
 def cases(args: argparse.Namespace) -> list[Case]:
   """Those that the command line asks for."""
-  fields = {name: getattr(args, name) for name in ("fsdp", "tensor", "rho", "remat", "vae", "optimizer", "text")}
+  fields = {name: getattr(args, name) for name in ("fsdp", "tensor", "rho", "remat", "vae", "optimizer")}
   return [
     Case(topology, size, pixels, args.per_chip * (4 if pixels == 512 else 1), **fields)
     for size in args.sizes.split(",")
@@ -182,7 +185,9 @@ def _step(case: Case, layout):
   from elasticdit_jax.train import optim, sharding, state, step
 
   cfg = layout.bind(_backbone(case))
-  tx = optim.make({**_OPTIMIZER, "name": case.optimizer}, dit.init_shapes(cfg), 1e-4)
+  config = _config()
+  optimizer = {**config.optimizer, "name": case.optimizer}
+  tx = optim.make(optimizer, dit.init_shapes(cfg), optim.schedule(optimizer, config.phases.init.steps))
   shapes = jax.eval_shape(lambda params: state.create(params, tx, 0), dit.init_shapes(cfg))
   places = layout.of(shapes)
   everywhere = jax.NamedSharding(layout.mesh, PartitionSpec())
@@ -196,7 +201,11 @@ def _step(case: Case, layout):
   shift, scale = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((vae.latent_channels,), ()))
   codecs = put({8: Codec(vae, tdvae.init_shapes(vae), shift, scale)}, everywhere)
   update = step.make_step(
-    cfg, _flow(), tx, ema_decay=0.9999, out_shardings=(places, everywhere) if not layout.single else None
+    cfg,
+    _flow(),
+    tx,
+    ema_decay=config.train.ema_decay,
+    out_shardings=(places, everywhere) if not layout.single else None,
   )
   group = _group(case, cfg.depth)
   args = (put(shapes, places), codecs, put(_batch(case, cfg, layout.mesh.size), spread))
@@ -206,13 +215,15 @@ def _step(case: Case, layout):
 def _backbone(case: Case):
   from elasticdit_jax.models import dit
 
-  return dataclasses.replace(dit.SIZES[case.size], text_length=case.text, dtype="bfloat16", remat=case.remat)
+  config = _config()
+  changes = {"text_length": config.data.text_length, "text_dim": config.data.text_dim, "remat": case.remat}
+  return dataclasses.replace(dit.SIZES[case.size], dtype=config.model.dtype, **changes)
 
 
 def _flow():
   from elasticdit_jax.train import step
 
-  return step.FlowConfig(0.0, 1.0, 3.0, 4096)
+  return step.FlowConfig(**_config().flow)
 
 
 def _group(case: Case, depth: int):

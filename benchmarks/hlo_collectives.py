@@ -27,8 +27,8 @@ def count(program: str, devices: int, slices: int = 1) -> dict[str, dict[str, fl
     match = _LINE.match(line)
     if not match:
       continue
-    shapes, kind, _ = match.groups()
-    size, groups = _size(shapes, kind), _groups(line, devices)
+    shapes, kind, start = match.groups()
+    size, groups = _size(shapes, kind, bool(start)), _groups(line, devices)
     entry = found.setdefault(kind, {"count": 0, "bytes": 0, "ici": 0.0, "dcn": 0.0})
     entry["count"] += 1
     entry["bytes"] += size
@@ -38,20 +38,23 @@ def count(program: str, devices: int, slices: int = 1) -> dict[str, dict[str, fl
   return dict(sorted(found.items()))
 
 
-def _size(shapes: str, kind: str) -> int:
-  """Bytes of the result: an asynchronous start names operands, results and handles, several may run as one."""
-  sizes = [_BYTES.get(t, 4) * math.prod(int(n) for n in dims.split(",") if n) for t, dims in _SHAPE.findall(shapes)]
-  sizes = [s for s in sizes if s]
-  nested = shapes.startswith("((")
-  if nested:  # ((operands), (results), ...)
-    inner = re.findall(r"\(([^()]*(?:\([^()]*\)[^()]*)*)\)", shapes[1:])
-    parts = [
-      sum(_BYTES.get(t, 4) * math.prod(int(n) for n in d.split(",") if n) for t, d in _SHAPE.findall(p)) for p in inner
-    ]
-    return min(parts[:2]) if kind == "reduce-scatter" else max(parts[:2])
-  if shapes.startswith("(") and kind in ("all-gather", "collective-permute", "reduce-scatter"):
-    return min(sizes[:2]) if kind == "reduce-scatter" else max(sizes[:2])
-  return sum(sizes)
+def _size(shapes: str, kind: str, asynchronous: bool) -> int:
+  """Bytes of the result. The start of an asynchronous one has (operands, results, handles ...) as its shape."""
+  if asynchronous and kind != "all-reduce":
+    shapes = _elements(shapes)[1]
+  return sum(_BYTES.get(t, 4) * math.prod(int(n) for n in dims.split(",") if n) for t, dims in _SHAPE.findall(shapes))
+
+
+def _elements(shapes: str) -> list[str]:
+  """Of a tuple's text, the outermost ones."""
+  found, depth = [""], 0
+  for letter in shapes[1:-1]:
+    depth += (letter in "({[") - (letter in ")}]")
+    if letter == "," and not depth:
+      found.append("")
+    else:
+      found[-1] += letter
+  return found
 
 
 def _groups(line: str, devices: int) -> np.ndarray:

@@ -87,7 +87,7 @@ class RooflineTest(absltest.TestCase):
     self.assertEqual(got, {"compute": 1.0, "hbm": 0.5, "ici": 0.1, "dcn": 0.0})
 
   def test_report_says_estimate_and_whether_it_fits(self):
-    case = aot_pods.Case("v5e-256", "L", 1024, 4, 16, 1, 0.8416, "full", "tdvae2", "adamw", 128)
+    case = aot_pods.Case("v5e-256", "L", 1024, 4, 16, 1, 0.8416, "full", "tdvae2", "adamw")
     text = "\n".join(aot_pods.report(case, _RESULT | {"roofline": {"compute": 1.0, "ici": 0.25}}))
     self.assertIn("7.00 GiB of 16.00: fits", text)
     self.assertIn("an estimate: compute 1000 ms, ici 250 ms; 1000 ms if all overlap, 1250 ms if nothing does", text)
@@ -96,7 +96,7 @@ class RooflineTest(absltest.TestCase):
 
   def test_cases_of_the_command_line(self):
     args = argparse.Namespace(topologies="v5e-256,v5p-512", sizes="S,L", pixels="512,1024", per_chip=4, fsdp=16)
-    args.__dict__.update(tensor=1, rho=0.8, remat="full", vae="tdvae2", optimizer="adamw", text=128)
+    args.__dict__.update(tensor=1, rho=0.8, remat="full", vae="tdvae2", optimizer="adamw")
     found = aot_pods.cases(args)
     self.assertLen(found, 8)
     self.assertEqual({(c.pixels, c.per_chip) for c in found}, {(512, 16), (1024, 4)})  # as many tokens
