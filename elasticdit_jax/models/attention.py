@@ -9,7 +9,7 @@ import numpy as np
 
 from elasticdit_jax.models import rope
 from elasticdit_jax.models.layers import RMSNorm
-from elasticdit_jax.ops import blocks, gating
+from elasticdit_jax.ops import blocks, gating, placement
 from elasticdit_jax.ops.attention import dense_attention
 from elasticdit_jax.ops.sparse_attention import sparse_attention
 
@@ -44,18 +44,33 @@ class Sparsity(NamedTuple):
 
 
 class Projection(nn.Module):
-  """nn.Dense with all of its parameters, of which the first `skipped` outputs are not computed."""
+  """nn.Dense with all of its parameters, of which the first `skipped` outputs are not computed: [B, T, C] -> heads.
+
+  Attributes:
+    features: outputs of the parameters; those that are left come as [B, T, -1, C / head_dim, head_dim].
+    skipped, head_dim, dtype: see above.
+    head_axes: see DiTConfig.
+  """
 
   features: int
   skipped: int
+  head_dim: int
   dtype: jnp.dtype
+  head_axes: tuple[str, ...] | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
     x, kernel, bias = (jnp.asarray(a, self.dtype) for a in (x, kernel, bias))
-    return x @ kernel[:, self.skipped :] + bias[self.skipped :]
+    kernel, bias = kernel[:, self.skipped :], bias[self.skipped :]
+    shape = (-1, x.shape[-1] // self.head_dim, self.head_dim)
+    if self.head_axes is None:
+      return (x @ kernel + bias).reshape(*x.shape[:2], *shape)
+    # Queries, keys and values lie side by side, so that equal parts of the columns are not heads: weights are cut by
+    # heads before the product, because activations would be sent around after it.
+    kernel = placement.split(kernel.reshape(x.shape[-1], *shape), None, None, self.head_axes)
+    return jnp.tensordot(x, kernel, 1) + placement.split(bias.reshape(shape), None, self.head_axes)
 
 
 class QKV(nn.Module):
@@ -64,18 +79,23 @@ class QKV(nn.Module):
   Attributes:
     head_dim, dtype: of the result.
     queries: False where nobody reads them: they are None then. Parameters do not depend on it.
+    batch_axes, head_axes: see DiTConfig.
   """
 
   head_dim: int
   dtype: jnp.dtype
   queries: bool = True
+  batch_axes: tuple[str, ...] | None = None
+  head_axes: tuple[str, ...] | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> tuple[jax.Array | None, jax.Array, jax.Array]:
     width = x.shape[-1]
     wanted = self.queries or self.is_initializing()
-    joint = Projection(3 * width, 0 if wanted else width, self.dtype, name="qkv")(x)
-    *q, k, v = jnp.moveaxis(joint.reshape(*x.shape[:2], -1, width // self.head_dim, self.head_dim), 2, 0)
+    skipped = 0 if wanted else width
+    joint = Projection(3 * width, skipped, self.head_dim, self.dtype, self.head_axes, name="qkv")(x)
+    joint = placement.split(joint, self.batch_axes, None, None, self.head_axes)
+    *q, k, v = jnp.moveaxis(joint, 2, 0)
     return RMSNorm(name="q_norm")(q[0]) if wanted else None, RMSNorm(name="k_norm")(k), v
 
 
@@ -91,11 +111,14 @@ class JointAttention(nn.Module):
   Attributes:
     head_dim, dtype: of queries, keys and values.
     text_output: False where nobody reads the text: None is returned for it and its queries are not computed.
+    batch_axes, head_axes: names of the axes that samples and heads are split over, see DiTConfig.
   """
 
   head_dim: int
   dtype: jnp.dtype
   text_output: bool = True
+  batch_axes: tuple[str, ...] | None = None
+  head_axes: tuple[str, ...] | None = None
 
   @nn.compact
   def __call__(
@@ -107,12 +130,13 @@ class JointAttention(nn.Module):
     sparsity: Sparsity,
     kept: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array | None]:
-    image_qkv = QKV(self.head_dim, self.dtype, name="image")(image)
-    text_qkv = QKV(self.head_dim, self.dtype, self.text_output, name="text")(text)
+    places = (self.batch_axes, self.head_axes)
+    image_qkv = QKV(self.head_dim, self.dtype, True, *places, name="image")(image)
+    text_qkv = QKV(self.head_dim, self.dtype, self.text_output, *places, name="text")(text)
     # Original coordinates first; roll and pool come after (Algorithm 1).
     image_qkv = (*(rope.rotate(x, table) for x in image_qkv[:2]), image_qkv[2])
     if kept is None and not sparsity.dense:
-      out = _sparse(text_qkv, image_qkv, text_mask, sparsity)
+      out = _sparse(text_qkv, image_qkv, text_mask, sparsity, *places)
     else:
       image_mask = None if kept is None else _image_mask(*image_qkv[:2], sparsity, kept)
       q, k, v = (b if a is None else jnp.concatenate([a, b], axis=1) for a, b in zip(text_qkv, image_qkv, strict=True))
@@ -123,7 +147,7 @@ class JointAttention(nn.Module):
     return out[:, text_rows:], out[:, :text_rows] if self.text_output else None
 
 
-def _sparse(text_qkv, image_qkv, text_mask: jax.Array, sparsity: Sparsity) -> jax.Array:
+def _sparse(text_qkv, image_qkv, text_mask: jax.Array, sparsity: Sparsity, batch_axes, head_axes) -> jax.Array:
   """Block-major order, selection, sparse attention, raster order: [B, L + T, heads, head_dim]."""
   cut, text_len = sparsity.cut, text_mask.shape[1]
   image_q, image_k, image_v = (blocks.to_blocks(x, cut) for x in image_qkv)
@@ -139,9 +163,9 @@ def _sparse(text_qkv, image_qkv, text_mask: jax.Array, sparsity: Sparsity) -> ja
     per_head=sparsity.per_head,
     force_self=sparsity.force_self,
   )
-  out = sparse_attention(
-    q, k, v, kept, text_len=text_len, block_size=cut.block_size, text_mask=text_mask, key_mask=key_mask
-  )
+  masks = {"text_mask": text_mask, "key_mask": key_mask}
+  places = {"batch_axes": batch_axes, "head_axes": head_axes}
+  out = sparse_attention(q, k, v, kept, text_len=text_len, block_size=cut.block_size, **masks, **places)
   return blocks.from_blocks(out, cut, text_len)
 
 

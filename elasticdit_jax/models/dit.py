@@ -14,6 +14,7 @@ from elasticdit_jax.elastic import VAE_FACTORS, Route
 from elasticdit_jax.models import rope
 from elasticdit_jax.models.attention import JointAttention, Sparsity
 from elasticdit_jax.models.layers import ACTIVATIONS, MLP, modulate, patchify, timestep_features, unpatchify
+from elasticdit_jax.ops import placement
 from elasticdit_jax.types import Text
 
 STREAMS = ("image", "text")
@@ -47,6 +48,8 @@ class DiTConfig:
     rope_theta: base of the rotary frequencies, in units of 16 pixels.
     remat: "none", "full", or the name of a jax.checkpoint_policies policy (see REMAT), applied to every block.
     dtype: compute dtype of the blocks; parameters are always float32.
+    batch_axes, head_axes: where a program is split over devices, the names of the axes that samples and heads are split
+      over (see ops.sparse_attention); None on one device. They change where numbers are computed, not which.
   """
 
   width: int
@@ -65,6 +68,8 @@ class DiTConfig:
   rope_theta: float = 1000.0
   remat: str = "none"
   dtype: str = "float32"
+  batch_axes: tuple[str, ...] | None = None
+  head_axes: tuple[str, ...] | None = None
 
   def __post_init__(self):
     for field in ("width", "depth", "head_dim", "patch", "latent_channels", "text_dim", "text_length", "block_side"):
@@ -128,7 +133,8 @@ class Block(nn.Module):
     offset = self.param("modulation", nn.initializers.zeros, (len(STREAMS), 6, cfg.width))
     mod = (modulation + offset)[:, :, :, None].astype(dtype)
     image_mod, text_mod = (jnp.moveaxis(mod[:, i], 1, 0) for i in range(len(STREAMS)))
-    attended = JointAttention(cfg.head_dim, dtype, self.text_output, name="attention")(
+    places = (cfg.batch_axes, cfg.head_axes)
+    attended = JointAttention(cfg.head_dim, dtype, self.text_output, *places, name="attention")(
       modulate(image, *image_mod[:2]), modulate(text, *text_mod[:2]), text_mask, table, sparsity, kept
     )
     image = self._update("image", image, attended[0], image_mod)
@@ -215,7 +221,8 @@ class ElasticDiT(nn.Module):
       )
       if bypass is not None:
         outputs = (jnp.where(bypass[i], image, outputs[0]), jnp.where(bypass[i], words, outputs[1]))
-      image, words = outputs
+      # Said at every block: else a compiler may split channels, as weights are, and send activations around.
+      image, words = (placement.split(x, cfg.batch_axes) for x in outputs)
 
     shift, scale = jnp.split(_zeros_dense(2 * cfg.width, "final_modulation")(c)[:, None], 2, -1)
     tokens = _zeros_dense(cfg.patch**2 * cfg.latent_channels, "image_out")(

@@ -29,6 +29,13 @@ def on_one_device() -> bool:
   return all(size == 1 or axis in mesh.manual_axes for axis, size in mesh.shape.items())
 
 
+def split(x: jax.Array, *axes: Axes) -> jax.Array:
+  """x, with the demand that its leading dimensions be split over these mesh axes; without any axis, x as it is."""
+  if not any(axes):
+    return x
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
 def over_batch_and_heads(
   attend: Callable[..., jax.Array],
   q: Array,

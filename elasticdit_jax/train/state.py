@@ -20,6 +20,8 @@ class TrainState:
     ema: exponential moving average of params, the weights that are evaluated and exported.
     key: the run's PRNG key; every step folds its number into it.
     teacher: weights that self-distillation learns from, fixed once the full backbone is trained; None without it.
+    loss_mean: float32 scalar, running mean of the loss that a spike is told by; 0 before the first update, None where
+      nobody looks for spikes.
   """
 
   step: jax.Array
@@ -28,11 +30,15 @@ class TrainState:
   ema: Any
   key: jax.Array
   teacher: Any = None
+  loss_mean: jax.Array | None = None
 
 
-def create(params: Any, tx: optax.GradientTransformation, seed: int, *, teacher: bool = False) -> TrainState:
+def create(
+  params: Any, tx: optax.GradientTransformation, seed: int, *, teacher: bool = False, spikes: bool = False
+) -> TrainState:
   """A state at step 0; the EMA, and with `teacher` the teacher, start at the parameters, in arrays of their own."""
   state = TrainState(jnp.int32(0), params, tx.init(params), copy(params), jax.random.key(seed))
+  state = dataclasses.replace(state, loss_mean=jnp.float32(0)) if spikes else state
   return dataclasses.replace(state, teacher=copy(params)) if teacher else state
 
 

@@ -19,12 +19,14 @@ from elasticdit_jax.elastic import Route
 from elasticdit_jax.flow import path
 from elasticdit_jax.models import dit
 from elasticdit_jax.models.codec import Codec
+from elasticdit_jax.ops import placement
 from elasticdit_jax.train import optim
 from elasticdit_jax.train.state import TrainState
 from elasticdit_jax.types import Batch, Text, to_float
 
 Group = tuple[Route, ...]
 Codecs = Mapping[int, Codec]
+_MEAN_RATE = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,32 +81,59 @@ def group_losses(
   Returns:
     (loss, {"loss/<route>": flow-matching loss of that route}).
   """
-  metrics, shared, total = {}, {}, 0.0
+  points = {vae: noised(cfg, flow, latents[vae], key, vae) for vae in factors(group)}
+  return losses_at(cfg, params, points, text, group, teacher, distill)
+
+
+def losses_at(
+  cfg: dit.DiTConfig,
+  params: Any,
+  points: Mapping[int, tuple[jax.Array, jax.Array, jax.Array]],
+  text: Text,
+  group: Group,
+  teacher: Any = None,
+  distill: float = 0.0,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """`group_losses` at given points: VAE factor -> (x_t, t, eps - x0), see `noised`."""
+  metrics, guides, total = {}, {}, 0.0
   for route in group:
-    if route.vae not in shared:
-      x_t, t, target = noised(cfg, flow, latents[route.vae], key, route.vae)
-      full, guide = elastic.standard_routes(cfg.depth)[f"max-f{route.vae}"], None
-      if distill:
-        guide = jax.lax.stop_gradient(velocity(cfg, teacher, x_t, t, text, full))
-      shared[route.vae] = x_t, t, target, guide
-    x_t, t, target, guide = shared[route.vae]
+    x_t, t, target = points[route.vae]
+    if distill and route.vae not in guides:
+      full = elastic.standard_routes(cfg.depth)[f"max-f{route.vae}"]
+      guides[route.vae] = jax.lax.stop_gradient(velocity(cfg, teacher, x_t, t, text, full))
     v = velocity(cfg, params, x_t, t, text, route)
     loss = jnp.mean(jnp.square(v - target))
     metrics[f"loss/{route.name}"] = loss
     total = total + loss
-    if guide is not None:
-      total = total + distill * jnp.mean(jnp.square(v - guide))
+    if distill:
+      total = total + distill * jnp.mean(jnp.square(v - guides[route.vae]))
   return total / len(group), metrics
+
+
+def factors(group: Group) -> tuple[int, ...]:
+  """The VAE factors of a group, each once."""
+  return tuple(dict.fromkeys(route.vae for route in group))
 
 
 def noised(
   cfg: dit.DiTConfig, flow: FlowConfig, x0: jax.Array, key: jax.Array, vae: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """(x_t, t [B], eps - x0) of latents x0 [B, h, w, C]; routes of one factor share times and noise."""
+  return between(x0, *draw(cfg, flow, x0.shape, key, vae))
+
+
+def draw(
+  cfg: dit.DiTConfig, flow: FlowConfig, shape: tuple[int, ...], key: jax.Array, vae: int
+) -> tuple[jax.Array, jax.Array]:
+  """(t [B], eps) for latents of this shape [B, h, w, C]."""
   time_key, noise_key = jax.random.split(jax.random.fold_in(key, vae))
-  shift = flow.shift_at(x0.shape[1] * x0.shape[2] // cfg.patch**2)
-  t = path.sample_t(time_key, x0.shape[:1], mean=flow.mean, std=flow.std, shift=shift)
-  eps = jax.random.normal(noise_key, x0.shape)
+  shift = flow.shift_at(shape[1] * shape[2] // cfg.patch**2)
+  t = path.sample_t(time_key, shape[:1], mean=flow.mean, std=flow.std, shift=shift)
+  return t, jax.random.normal(noise_key, shape)
+
+
+def between(x0: jax.Array, t: jax.Array, eps: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(x_t, t, eps - x0): the point at time t [B] between latents and noise, and what the velocity should be there."""
   return path.interpolate(x0, eps, t), t, path.target(x0, eps)
 
 
@@ -115,31 +144,97 @@ def make_step(
   *,
   ema_decay: float,
   distill: float = 0.0,
+  accumulate: int = 1,
+  spike: float = 0.0,
+  out_shardings: Any = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """The jitted update (state, codecs, batch, group, trainable, distilled) -> (state, metrics).
 
   `group` and `trainable` (routes) and `distilled` (whether state.teacher is listened to) are static: one trace per
   distinct triple. Parameters that no route in `trainable` reads keep their value and their optimiser state bit for bit;
   so a phase that trains flex-lite alone freezes the skipped blocks. The state is donated.
+
+  Args:
+    cfg, flow, tx: the backbone, its times, the optimiser.
+    ema_decay: of the averaged weights.
+    distill: weight of self-distillation where a step is `distilled`.
+    accumulate: equal parts of the batch whose gradients are averaged one after the other: memory of one part, the same
+      update up to rounding.
+    spike: an update whose loss is above `spike` times its running mean, or not finite, is left out, and metrics say
+      "skipped" 1; 0 leaves none out. Needs state.create(..., spikes=True).
+    out_shardings: for (state, metrics), as jax.jit takes them; None where there is one device.
   """
 
   def update(state: TrainState, codecs: Codecs, batch: Batch, group: Group, trainable: Group, distilled: bool = False):
-    image = to_float(batch.image)
-    latents = {factor: codecs[factor].encode(image) for factor in {r.vae for r in group}}
     key = jax.random.fold_in(state.key, state.step)
+    weight = distill if distilled else 0.0
 
-    def loss_fn(params):
-      weight = distill if distilled else 0.0
-      return group_losses(cfg, flow, params, latents, batch.text, key, group, state.teacher, weight)
+    def gradients(batch: Batch, drawn: Mapping[int, Any] | None = None):
+      latents = _encode(codecs, batch, group)
+      points = {
+        vae: noised(cfg, flow, x0, key, vae) if drawn is None else between(x0, *drawn[vae])
+        for vae, x0 in latents.items()
+      }
 
-    (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+      def loss_fn(params):
+        return losses_at(cfg, params, points, batch.text, group, state.teacher, weight)
+
+      return jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+
+    if accumulate == 1:
+      (loss, metrics), grads = gradients(batch)
+    else:
+      shapes = jax.eval_shape(lambda codecs, batch: _encode(codecs, batch, group), codecs, batch)
+      drawn = {vae: draw(cfg, flow, x0.shape, key, vae) for vae, x0 in shapes.items()}
+      (loss, metrics), grads = _average(lambda part: gradients(*part), (batch, drawn), accumulate, cfg.batch_axes)
     frozen = frozen_mask(state.params, trainable)
     params, opt_state = optim.frozen_update(tx, grads, state.opt_state, state.params, frozen)
     ema = optim.ema_update(state.ema, params, state.step, ema_decay)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
-    return TrainState(state.step + 1, params, opt_state, ema, state.key, state.teacher), metrics
+    new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
+    if spike:
+      new, metrics = _without_spike(state, new, metrics, spike)
+    return new, metrics
 
-  return jax.jit(update, static_argnames=("group", "trainable", "distilled"), donate_argnums=0)
+  static = ("group", "trainable", "distilled")
+  return jax.jit(update, static_argnames=static, donate_argnums=0, out_shardings=out_shardings)
+
+
+def _encode(codecs: Codecs, batch: Batch, group: Group) -> dict[int, jax.Array]:
+  image = to_float(batch.image)
+  return {factor: codecs[factor].encode(image) for factor in factors(group)}
+
+
+def _average(gradients: Callable[[Any], Any], rows: Any, parts: int, batch_axes: placement.Axes) -> Any:
+  """Mean of `gradients` over equal parts of `rows`, a tree of arrays [B, ...], one part after the other."""
+
+  def cut(x: jax.Array) -> jax.Array:
+    # Strided: each part has rows of every device.
+    x = jnp.asarray(x)
+    return placement.split(x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1), None, batch_axes)
+
+  rows = jax.tree.map(cut, rows)
+  zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], rows)))
+  total, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, gradients(part)), None), zeros, rows)
+  return jax.tree.map(lambda x: x / parts, total)
+
+
+def _without_spike(
+  old: TrainState, new: TrainState, metrics: dict[str, jax.Array], factor: float
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """The old weights with the new step number where the loss jumped; decided on the device, nobody waits for it."""
+  loss, mean = metrics["loss"], old.loss_mean
+  finite = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+  good = finite & ((mean == 0) | (loss <= factor * mean))
+  # A loss that stays high is no spike: it pulls the mean up until it passes.
+  seen = jnp.where(mean == 0, loss, jnp.minimum(loss, factor * mean))
+  moved = jnp.where(finite, jnp.where(mean == 0, seen, mean + _MEAN_RATE * (seen - mean)), mean)
+
+  def keep(after: Any, before: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(good, a, b), after, before)
+
+  kept = {field: keep(getattr(new, field), getattr(old, field)) for field in ("params", "opt_state", "ema")}
+  return dataclasses.replace(new, loss_mean=moved, **kept), metrics | {"skipped": 1.0 - good}
 
 
 def frozen_mask(params: Any, trainable: Group) -> Any:

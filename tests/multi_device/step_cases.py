@@ -1,0 +1,97 @@
+"""Steps on 8 host devices beside the same steps on one; run as a program, it writes what it found as JSON.
+
+python -m tests.multi_device.step_cases
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from elasticdit_jax import elastic
+from elasticdit_jax.train import sharding, state, step
+from tests.evals import tiny_model
+from tests.train import small
+
+# name -> sizes of fsdp and tensor, parts of accumulation
+CASES = {
+  "data": (1, 1, 1),
+  "fsdp": (sharding.REST, 1, 2),
+  "tensor": (1, 2, 1),
+  "mix": (2, 2, 1),
+}
+STEPS = 2
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Pool:
+  """Stands for an f8 codec: compilation is most of the time here."""
+
+  gain: jax.Array
+
+  def encode(self, image):
+    pooled = image.reshape(len(image), 8, 8, 8, 8, 3).mean((2, 4))
+    return self.gain * pooled @ jnp.eye(3, 16)
+
+
+def _run(layout, accumulate=1):
+  """State, metrics and number of traces after a few steps of a route, beside a frozen block and a teacher."""
+  model = tiny_model.make(())
+  cfg, tx = layout.bind(model.cfg), optax.sgd(0.05, momentum=0.9)
+  # A dense block, a frozen one, a sparse one: one program for all of them.
+  group = (elastic.Route("d2-s25-f8", (True, False, True), (0.0, 0.0, 0.5), 8),)
+  current = layout.build(functools.partial(state.create, tx=tx, seed=0, teacher=True), model.params)
+  flow = step.FlowConfig(**small.FLOW)
+  update = step.make_step(cfg, flow, tx, ema_decay=0.9, accumulate=accumulate, out_shardings=layout.results(current))
+  codecs = layout.replicate({8: _Pool(jnp.float32(2))})
+  for i in range(STEPS):
+    batch = layout.put_batch(small.batch(model.cfg, rows=16, seed=i))
+    with layout.active():
+      current, metrics = update(current, codecs, batch, group=group, trainable=group)
+  return current, metrics, update._cache_size()
+
+
+def _apart(a, b):
+  """Largest difference of two arrays, over the largest value."""
+  a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+  return float(np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-12))
+
+
+def _parts(tree):
+  """Name -> share of an array on one device, for arrays that are split."""
+  flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+  shares = {
+    jax.tree_util.keystr(path, simple=True, separator="/"): x.addressable_shards[0].data.size / x.size
+    for path, x in flat
+  }
+  return {name: share for name, share in shares.items() if share < 1}
+
+
+def main() -> None:
+  jax.config.update("jax_num_cpu_devices", 8)
+  jax.config.update("jax_disable_most_optimizations", True)
+  alone = sharding.make(jax.devices()[:1])
+  want, want_metrics, _ = _run(alone)
+  report = {"frozen": _apart(want.params["block_01"]["modulation"], want.teacher["block_01"]["modulation"])}
+  for name, (fsdp, tensor, accumulate) in CASES.items():
+    layout = sharding.make(jax.devices(), fsdp=fsdp, tensor=tensor)
+    got, metrics, traces = _run(layout, accumulate)
+    leaves = zip(*(jax.tree.leaves(dataclasses.replace(s, key=s.step)) for s in (got, want)), strict=True)
+    report[name] = {
+      "state": max(_apart(a, b) for a, b in leaves),
+      "metrics": max(_apart(metrics[k], want_metrics[k]) for k in want_metrics),
+      "traces": traces,
+      "parts": _parts(got),
+      "described": layout.describe(),
+    }
+  sys.stdout.write(json.dumps(report))
+
+
+if __name__ == "__main__":
+  main()
