@@ -55,7 +55,7 @@ def decoder_gradient(
     params: of the decoder.
     nll: pictures -> (loss, metrics).
     gan: pictures -> loss; None before the adversarial part starts.
-    last_layer: key in params of the layer that makes the picture.
+    last_layer: key in params of the layer that makes the picture; it has a `kernel`.
     weight: of the adversarial term beside an nll of equal gradient.
 
   Returns:
@@ -71,6 +71,6 @@ def decoder_gradient(
   return grads, image, metrics | {"loss/gan": loss, "gan_weight": scale}
 
 
-def _last(pulled: tuple[Any], last_layer: str) -> list[jax.Array]:
-  """Gradients of the kernels of the last layer; biases are left out, as in the original."""
-  return [leaf for leaf in jax.tree.leaves(pulled[0][last_layer]) if leaf.ndim > 1]
+def _last(pulled: tuple[Any], last_layer: str) -> jax.Array:
+  """Gradient of the last layer's kernel; its branches in training form add up to the same kernel."""
+  return pulled[0][last_layer]["kernel"]
