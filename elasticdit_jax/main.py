@@ -24,6 +24,7 @@ from elasticdit_jax import config_file
 TASKS = {
   "uwco": "elasticdit_jax.train.uwco",
   "pretrain": "elasticdit_jax.train.pretrain",
+  "grpo": "elasticdit_jax.train.grpo",
   "vae": "elasticdit_jax.train.vae",
   "sample": "elasticdit_jax.generate",
   "evaluate": "elasticdit_jax.evals.evaluate",

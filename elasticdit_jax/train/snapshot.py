@@ -9,7 +9,7 @@ import glob
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,8 +71,14 @@ class Snapshots:
     self._write(step, record, drawn)
     self._show(step, label, found, drawn, time.perf_counter() - begin)
 
-  def report(self, step: int, model: model_dir.Model) -> None:
-    """Profiles the routes and writes report.json, report.md and the pictures from all snapshots."""
+  def report(self, step: int, model: model_dir.Model, title: str = "", notes: Sequence[str] = ()) -> None:
+    """Profiles the routes and writes report.json, report.md and the pictures from all snapshots.
+
+    Args:
+      step: the last one to tell of.
+      model: as it was saved.
+      title, notes: see evals.report.write.
+    """
     records, drawn = [], {}
     for path in sorted(glob.glob(os.path.join(self._directory, "*.json"))):
       with open(path) as f:
@@ -86,12 +92,13 @@ class Snapshots:
     pipeline = Pipeline(model)
     report.write(
       self._job.workdir,
-      title=f"{self._job.config.task}: {self._job.config.model.size}",
+      title=title or f"{self._job.config.task}: {self._job.config.model.size}",
       snapshots=records,
       profiles=profile.profile_routes(pipeline, steps=settings.steps, guidance=settings.guidance),
       prompts=self._prompts(),
       drawn=drawn,
       config=json.loads(self._job.config.to_json()),
+      notes=notes,
     )
 
   @property

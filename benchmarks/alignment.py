@@ -1,0 +1,138 @@
+"""Variants of alignment at equal CPU time: reward, held-out scores and what they cost.
+
+    python benchmarks/alignment.py --init=runs/uwco --variants elastic,nft elastic,fast --minutes=5
+
+One run per variant (arguments of configs/grpo.py) and seed in OUT/VARIANT-SEED, each stopped at the first look after
+the given minutes of CPU time, all threads together. Writes OUT/alignment.json with the curves and OUT/alignment.md, one
+line per variant. On an accelerator give --wall: CPU time means little there. A finished run is not repeated.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from elasticdit_jax.configs import grpo as grpo_config
+from elasticdit_jax.train import aligned, grpo, watch
+
+VARIANTS = ("paper", "fast", "cps", "guard", "nft")
+
+
+class TimedRun(grpo.Run):
+  """A run that ends at the first look after `seconds`, and notes when it looked.
+
+  Attributes:
+    spent: seconds until each look, without those of the looks.
+  """
+
+  def __init__(self, setup: aligned.Setup, seconds: float, wall: bool):
+    super().__init__(setup)
+    self._now = time.perf_counter if wall else time.process_time
+    self._seconds, self._mark = seconds, 0.0
+    self.spent: list[float] = []
+
+  def look(self, n: int, state: Any) -> Any:
+    """As every run, on a clock that stands still meanwhile."""
+    self.spent.append(self.spent[-1] + self._now() - self._mark if self.spent else 0.0)
+    state = super().look(n, state)
+    self._mark = self._now()
+    return state
+
+  def decide(self, verdict: watch.Verdict) -> watch.Verdict:
+    """Adds the end of the time to the reasons to stop."""
+    if verdict.stop or self.spent[-1] < self._seconds:
+      return verdict
+    return watch.Verdict(verdict.best, "the time is over")
+
+
+def measure(options: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
+  """One run; returns its curves, and scores and losses of the trained routes before and after."""
+  workdir = os.path.join(options.out, f"{variant.replace(',', '-')}-{seed}")
+  done = os.path.join(workdir, "alignment.json")
+  if os.path.isfile(done):
+    with open(done) as f:
+      return json.load(f)
+  config = grpo_config.get_config(variant).unlock()
+  config.init, config.seed = options.init, seed
+  config.rollout.routes = options.routes or config.rollout.routes
+  config.report.per_task = options.per_task
+  config.train.epochs, config.watch.every = options.epochs, options.every
+  run = TimedRun(aligned.prepare(config.lock(), workdir), 60 * options.minutes, options.wall)
+  run.execute()
+  with open(os.path.join(workdir, "report.json")) as f:
+    before, after = (snapshot["routes"] for snapshot in json.load(f)["snapshots"])
+  names = [route.name for route in run.trainable]
+  found = {
+    "variant": variant,
+    "seed": seed,
+    "seconds": run.spent,
+    "records": run.watch.records,
+    "before": {name: before[name] for name in names},
+    "after": {name: after[name] for name in names},
+  }
+  with open(done, "w") as f:
+    json.dump(found, f, indent=1)
+  return found
+
+
+def table(runs: Sequence[Mapping[str, Any]]) -> str:
+  """Markdown: one line per variant, means and standard deviations over seeds, of the mean over routes."""
+  head = ["variant", "seeds", "epochs", "held-out reward", "strict unseen %", "gain", "counting, gain", "loss rise %"]
+  lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+  for variant in dict.fromkeys(run["variant"] for run in runs):
+    rows = [run for run in runs if run["variant"] == variant]
+    columns = [
+      [max(record["reward"] for record in run["records"]) for run in rows],
+      [100 * _score(run["after"], "overall") for run in rows],
+      [100 * (_score(run["after"], "overall") - _score(run["before"], "overall")) for run in rows],
+      [100 * (_score(run["after"], "counting") - _score(run["before"], "counting")) for run in rows],
+      [100 * (_loss(run["after"]) / _loss(run["before"]) - 1) for run in rows],
+    ]
+    epochs = np.mean([run["records"][-1]["step"] for run in rows])
+    texts = [f"{np.mean(column):.2f} ± {np.std(column):.2f}" for column in columns]
+    lines.append([variant, f"{len(rows)}", f"{epochs:.0f}", *texts])
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _score(routes: Mapping[str, Any], task: str) -> float:
+  return float(np.mean([route["score"]["unseen"]["strict"][task] for route in routes.values()]))
+
+
+def _loss(routes: Mapping[str, Any]) -> float:
+  return float(np.mean([route["loss"] for route in routes.values()]))
+
+
+def main() -> None:
+  """Runs every variant and seed in turn, seeds outermost: there is a table early."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--init", default="shipped", help="model to align")
+  parser.add_argument("--routes", default="", help="as config.rollout.routes; empty: those of the config")
+  parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help="arguments of configs/grpo.py")
+  parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
+  parser.add_argument("--minutes", type=float, default=5.0, help="time of a run")
+  parser.add_argument("--every", type=int, default=10, help="epochs between looks")
+  parser.add_argument("--epochs", type=int, default=100_000, help="most epochs of a run")
+  parser.add_argument("--per_task", type=int, default=40, help="prompts per task in the scores before and after")
+  parser.add_argument("--wall", action="store_true", help="seconds of the clock instead of the processors")
+  parser.add_argument("--out", default="runs/alignment", help="where runs and tables go")
+  options = parser.parse_args()
+  logging.set_verbosity(logging.INFO)
+  os.makedirs(options.out, exist_ok=True)
+  runs = []
+  for seed in range(options.seeds):
+    for variant in options.variants:
+      runs.append(measure(options, variant, seed))
+      with open(os.path.join(options.out, "alignment.json"), "w") as f:
+        json.dump(runs, f, indent=1)
+      with open(os.path.join(options.out, "alignment.md"), "w") as f:
+        f.write(table(runs))
+      logging.info("\n%s", table(runs))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,208 @@
+"""What an alignment is made of before its first picture: the model, prompts, rewards, routes. Bad input stops here."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from elasticdit_jax.data import pipeline
+from elasticdit_jax.elastic import Route, select_route
+from elasticdit_jax.flow import stochastic
+from elasticdit_jax.interop import model_dir
+from elasticdit_jax.train import job as job_lib
+from elasticdit_jax.train import losses, phases, rewards
+from elasticdit_jax.train import prompts as prompts_lib
+from elasticdit_jax.train.policy import Policy
+from elasticdit_jax.train.prompts import Prompt, Prompts
+from elasticdit_jax.train.ranges import check_ranges
+from elasticdit_jax.train.rollout import Plan
+from elasticdit_jax.train.step import FlowConfig
+from elasticdit_jax.train.watch import Limits
+
+_RULES = {"grpo": tuple(stochastic.RULES), "nft": ("ode", *stochastic.RULES)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """Everything fixed over a run.
+
+  Attributes:
+    job: data, codecs, encoder, held-out pictures.
+    weights: the given ones.
+    routes: every route of the model, by name.
+    groups: routes that are trained, in turn; those of one group share prompts and updates.
+    plan: how pictures are drawn.
+    prompts, watched: of training; held-out ones to watch.
+    reward: scores pictures.
+    limits: when to stop early.
+  """
+
+  job: job_lib.Job
+  weights: Any
+  routes: Mapping[str, Route]
+  groups: tuple[tuple[Route, ...], ...]
+  plan: Plan
+  prompts: Prompts
+  watched: Sequence[Prompt]
+  reward: rewards.Reward
+  limits: Limits
+
+  def policy(self, optimizer: Callable[[Any], optax.GradientTransformation]) -> Policy:
+    """The static part of the updates; `optimizer` gets the shapes of what is trained."""
+    config = self.job.config
+    objective = objective_of(config.objective)
+    made = Policy(
+      self.job.cfg,
+      objective,
+      None,
+      config.train.ema_decay,
+      config.lora.rank,
+      config.lora.alpha,
+    )
+    shapes = jax.eval_shape(lambda: made.trained(self.weights, jax.random.key(0)))
+    return dataclasses.replace(made, tx=optimizer(shapes))
+
+
+def objective_of(config: Any) -> losses.Objective:
+  """config.objective as a value."""
+  fields = {field.name: config[field.name] for field in dataclasses.fields(losses.Objective)}
+  return losses.Objective(**fields)
+
+
+def prepare(config: Any, workdir: str) -> Setup:
+  """Reads the model, prompts and held-out pictures, asks the rewards for one score, and checks that all of it fits.
+
+  Raises:
+    ValueError: naming the field of the config that does not fit; nothing has been written.
+  """
+  if jax.process_count() > 1:
+    raise ValueError(f"this version aligns in one process, here are {jax.process_count()}; start it on one host alone")
+  check_ranges(config)
+  _check(config)
+  if not config.init:
+    raise ValueError("config.init: alignment needs a finished model; give its directory, a workdir, or 'shipped'")
+  model = model_dir.load(job_lib.init_directory(config))
+  job = _job(config, workdir, model)
+  groups = _groups(config, model)
+  reward = rewards.from_config(config.rewards)
+  prompts = _prompts(config, model)
+  watched = prompts.held_out[: config.watch.prompts]
+  blank = np.zeros((1, job.config.data.size, job.config.data.size, 3), np.uint8)
+  for each in watched:
+    # A reward that does not know a prompt, or whose server is not there, says so now.
+    reward(blank, [each.text], [each.metadata])
+  limits = Limits(config.watch.loss, config.watch.diversity, config.watch.patience)
+  return Setup(job, model.params, model.routes, groups, _plan(config), prompts, watched, reward, limits)
+
+
+def _job(config: Any, workdir: str, model: model_dir.Model) -> job_lib.Job:
+  cfg = dataclasses.replace(model.cfg, remat=config.model.remat, dtype=config.model.dtype)
+  config = config.copy_and_resolve_references().unlock()
+  config.data = ConfigDict(
+    {
+      **config.data,
+      "size": config.data.size or model.size,
+      "split": "train",
+      "seed": 0,
+      "max_bad_fraction": 0.05,
+      "text_length": model.encoder.length,
+      "text_dim": model.encoder.dim,
+      "max_words": 20_000,
+    }
+  )
+  job_lib.check_size(config.data.size, max(model.codecs) * cfg.patch)
+  source, held_out, _ = pipeline.source_from_config(config.data)
+  batches = pipeline.validation_batch(held_out, model.encoder, config.watch.pictures, 1)
+  captions = held_out.read(np.arange(config.report.pictures))[1]
+  flow = FlowConfig(0.0, 1.0, model.flow.shift, model.flow.tokens)
+  captions = tuple(model.encoder.clip(caption) for caption in captions)
+  return job_lib.Job(config.lock(), workdir, cfg, flow, model.codecs, source, model.encoder, tuple(batches), captions)
+
+
+def _groups(config: Any, model: model_dir.Model) -> tuple[tuple[Route, ...], ...]:
+  groups = []
+  for names in phases.parse_groups(config.rollout.routes, "config.rollout.routes"):
+    try:
+      groups.append(tuple(select_route(model.routes, name) for name in names))
+    except ValueError as e:
+      raise ValueError(f"config.rollout.routes: {e}") from None
+    for route in groups[-1]:
+      if route.vae not in model.codecs:
+        raise ValueError(f"config.rollout.routes: {route.name} needs vae_f{route.vae}.safetensors in {config.init}")
+  return tuple(groups)
+
+
+def _prompts(config: Any, model: model_dir.Model) -> Prompts:
+  given = config.prompts
+  if given.file:
+    found = prompts_lib.from_file(given.file, given.tasks, given.held_out)
+  elif config.data.source == "scenes":
+    found = prompts_lib.scenes(given.tasks, given.held_out)
+  else:
+    raise ValueError("config.prompts.file: pictures of your own have no list of prompts; give a file, one a line")
+  model.encoder.encode([row.text for rows in found.training.values() for row in rows])
+  model.encoder.encode([row.text for row in found.held_out])
+  return found
+
+
+def _plan(config: Any) -> Plan:
+  given = config.rollout
+  last = given.last if given.last >= 0 else given.steps - 2
+  window = given.window or last - given.first + 1
+  return Plan(
+    given.group, given.steps, given.guidance, given.noise, given.level, window, given.first, last, given.batch
+  )
+
+
+def _check(config: Any) -> None:
+  """Ranges and combinations of the fields that only alignment has."""
+  r, o, w = config.rollout, config.objective, config.watch
+  last = r.last if r.last >= 0 else r.steps - 2
+  noise = ", ".join(_RULES.get(o.name, ()))
+  level = 1.0 if r.noise == "cps" else math.inf
+  for field, good, expected in (
+    ("objective.name", o.name in losses.OBJECTIVES, f"one of {', '.join(losses.OBJECTIVES)}"),
+    ("rollout.prompts", r.prompts >= 1, "at least 1 prompt an epoch"),
+    ("rollout.group", r.group >= 2, "at least 2 pictures of a prompt: an advantage is a comparison within the group"),
+    ("rollout.steps", r.steps >= 2, "at least 2 steps: the last one is never trained"),
+    ("rollout.guidance", 0 <= r.guidance < math.inf, "a scale of at least 0; 1 switches guidance off"),
+    ("rollout.noise", r.noise in _RULES.get(o.name, ()), f"one of {noise}"),
+    (
+      "rollout.level",
+      r.noise == "ode" or 0 < r.level <= level and r.level < math.inf,
+      "noise above 0, up to 1 for cps",
+    ),
+    ("rollout.first", 0 <= r.first <= last, f"a step from 0 to {last}"),
+    ("rollout.last", last <= r.steps - 2, f"a step up to {r.steps - 2}; the last step is never trained"),
+    (
+      "rollout.window",
+      0 <= r.window <= last - r.first + 1,
+      f"at most the {last - r.first + 1} steps from first to last",
+    ),
+    ("rollout.batch", r.batch >= 1, "at least 1 picture at a time"),
+    ("objective.updates", o.updates >= 1, "at least 1 update an epoch"),
+    ("objective.clip", 0 < o.clip < 1, "half the width of the range of ratios, in (0, 1)"),
+    ("objective.kl", 0 <= o.kl < math.inf, "a weight of at least 0"),
+    ("objective.divergence", o.divergence in losses.DIVERGENCES, f"one of {', '.join(losses.DIVERGENCES)}"),
+    ("objective.divergence", o.name == "grpo" or o.divergence == "v", "'v' for nft, which has no steps"),
+    ("objective.guard", not o.guard or o.name == "grpo" and r.noise != "cps", "False where steps have no density"),
+    ("objective.spread", o.spread in losses.SPREADS, f"one of {', '.join(losses.SPREADS)}"),
+    ("objective.strength", 0 < o.strength < math.inf, "a positive number"),
+    ("lora.rank", config.lora.rank >= 0, "0 for full weights, or a rank"),
+    ("lora.alpha", config.lora.alpha > 0, "a positive number"),
+    ("train.epochs", config.train.epochs >= 1, "at least 1 epoch"),
+    ("watch.every", w.every >= 1, "at least 1 epoch"),
+    ("watch.prompts", w.prompts >= 1, "at least 1 prompt"),
+    ("watch.pictures", w.pictures >= 1, "at least 1 picture"),
+    ("watch.patience", w.patience >= 1, "at least 1 look"),
+    ("watch.loss", 0 <= w.loss < math.inf, "the rise that is allowed, as a share"),
+    ("watch.diversity", 0 <= w.diversity <= 1, "the fall that is allowed, as a share"),
+  ):
+    if not good:
+      section, name = field.split(".")
+      raise ValueError(f"config.{field}: expected {expected}, got {config[section][name]!r}")

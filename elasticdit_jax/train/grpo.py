@@ -1,0 +1,255 @@
+"""Task `grpo`: aligns a finished model with rewards, by Flow-GRPO (arXiv 2505.05470) or DiffusionNFT (2509.16117).
+
+  epoch k:  prompts k --rollout along each route of the group--> rewards --> advantages within each prompt
+            updates 1..U on disjoint parts of the pictures, both routes of a group in one update
+            every few epochs: watch (held-out reward, flow-matching loss, diversity), best model kept, perhaps stop
+
+One step of the loop is an epoch, so a checkpoint lies between two epochs and a resumed run repeats whole ones: it ends
+with the same bits. The routes of config.rollout.routes take turns as in `uwco`, so one weight set stays elastic.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from elasticdit_jax import elastic
+from elasticdit_jax.elastic import Route
+from elasticdit_jax.interop import model_dir
+from elasticdit_jax.train import aligned, loop, optim, policy
+from elasticdit_jax.train.checkpoint import Checkpointer, check_space
+from elasticdit_jax.train.policy import PolicyState
+from elasticdit_jax.train.prompts import Prompt
+from elasticdit_jax.train.rollout import Drawn, Sampler
+from elasticdit_jax.train.snapshot import Snapshots
+from elasticdit_jax.train.watch import Verdict, Watch
+from elasticdit_jax.train.workdir import check_workdir, claim_workdir
+from elasticdit_jax.train.writer import Writer
+
+# May differ between two starts of one run; see uwco.NEUTRAL.
+NEUTRAL = ("train.log_every", "train.save_every", "report.per_task", "rewards.threads")
+_SILENT_EPOCHS = 20  # in a row in which no group had two different rewards
+
+
+class _StoppedError(Exception):
+  """The watch ended the run; everything is written."""
+
+
+def run(config: Any, workdir: str) -> None:
+  """Runs or resumes an alignment; leaves model/ (the best weights), report.json, report.md and pictures in `workdir`.
+
+  Raises:
+    ValueError: for a config or a workdir that does not fit; nothing has been written or drawn then.
+  """
+  check_workdir(workdir, config, NEUTRAL)
+  Run(aligned.prepare(config, workdir)).execute()
+
+
+class Run:
+  """One run: epochs, watch, report."""
+
+  def __init__(self, setup: aligned.Setup):
+    self.setup, self.job, self.config = setup, setup.job, setup.job.config
+    self.groups = setup.groups
+    self.trainable = tuple(dict.fromkeys(route for group in self.groups for route in group))
+    self._rewards: list[float] = []  # of the epochs since the last look
+    self._silent = 0
+
+  def execute(self) -> None:
+    """Restores or initialises, trains, and reports."""
+    job, config, setup = self.job, self.config, self.setup
+    schedule = optim.schedule(config.optimizer, config.train.epochs * config.objective.updates)
+    self.policy = setup.policy(lambda trained: optim.make(config.optimizer, trained, schedule))
+    self.sampler = Sampler(job, setup.plan, self.policy.objective, config.objective.spread, setup.reward)
+    current = self.policy.create(setup.weights, config.seed)
+    check_space(job.workdir, current)
+    claim_workdir(job.workdir, config, NEUTRAL)
+    every = {*range(0, config.train.epochs, config.watch.every), config.train.epochs}
+    with Checkpointer(job.workdir, keep=config.train.keep) as checkpoint:
+      current, start = self._restore(checkpoint, current)
+      with Writer(job.workdir, start) as writer:
+        self.snapshots = Snapshots(job, writer)
+        self.watch = Watch(job, self.sampler, setup.reward, setup.watched, self.trainable, setup.limits, writer, start)
+        with contextlib.suppress(_StoppedError):
+          loop.run(
+            current,
+            self._prompts,
+            self._epoch,
+            self._settings(),
+            start=start,
+            checkpoint=checkpoint,
+            writer=writer,
+            hooks={n: lambda s, n=n: self.look(n, s) for n in every},
+          )
+
+  def _restore(self, checkpoint: Checkpointer, template: PolicyState) -> tuple[PolicyState, int]:
+    restored = checkpoint.restore_latest(template)
+    if not restored:
+      return template, 0
+    current, meta = restored
+    self._rewards = list(meta["rewards"])
+    return current, int(current.step)
+
+  def _settings(self) -> loop.Settings:
+    config, plan = self.config, self.setup.plan
+    return loop.Settings(
+      stop=config.train.epochs,
+      log_every=config.train.log_every,
+      save_every=config.train.save_every,
+      batch_size=config.rollout.prompts * plan.group * len(self.groups[0]),
+      resume_command=f"the same command with --workdir={self.job.workdir}",
+      phase=lambda n: f"{config.task} {'+'.join(route.name for route in self._group(n))}",
+      meta=lambda n: {
+        "phase": config.objective.name,
+        "routes": elastic.routes_to_json(self.setup.routes),
+        "rewards": self._rewards,
+      },
+    )
+
+  def _group(self, n: int) -> tuple[Route, ...]:
+    return self.groups[n % len(self.groups)]
+
+  def _prompts(self, start: int) -> Iterator[list[Prompt]]:
+    for n in range(start, self.config.train.epochs):
+      yield self.setup.prompts.draw(self.config.rollout.prompts, self.config.seed, n)
+
+  def _epoch(self, state: PolicyState, prompts: Sequence[Prompt], n: int) -> tuple[PolicyState, dict[str, float]]:
+    """Rollout, rewards and updates of epoch n."""
+    key = jax.random.fold_in(jax.random.fold_in(state.key, 1), n)
+    nft = self.policy.objective.name == "nft"
+    drawing = self.policy.weights(state.old if nft else state.params, state.reference)
+    first = self.setup.plan.window_at(self.config.seed, n)
+    drawn = {r: self.sampler.rollout(drawing, prompts, r, key, first) for r in self._group(n)}
+    state, sums = self._updates(state, drawing, drawn, n)
+    if nft:
+      state = policy.move_old(state)
+    metrics = _summary(drawn, self.setup.plan.group) | sums
+    self._rewards.append(metrics["reward"])
+    self._silent = self._silent + 1 if metrics["zero_std_share"] == 1 else 0
+    if self._silent >= _SILENT_EPOCHS:
+      raise ValueError(
+        f"config.rewards: in {_SILENT_EPOCHS} epochs no prompt had two pictures with different rewards, so there is"
+        " nothing to learn from; weight a reward with finer steps (scene_partial), harder prompts, or a larger group"
+      )
+    return state.advanced(), metrics
+
+  def _updates(
+    self, state: PolicyState, drawing: Any, drawn: Mapping[Route, Drawn], n: int
+  ) -> tuple[PolicyState, dict[str, float]]:
+    """Updates on disjoint parts of the pictures whose advantage is not zero."""
+    count, rng = self.config.objective.updates, np.random.default_rng([self.config.seed, n, 2])
+    parts = {}
+    for route, d in drawn.items():
+      rows = rng.permutation(np.flatnonzero(d.advantage))
+      times = len(d.x) // len(d.advantage)
+      parts[route] = [
+        (part + len(d.advantage) * np.arange(times)[:, None]).T.reshape(-1) for part in np.array_split(rows, count)
+      ]
+    # Of the weights that drew, before the first update changes them; the first itself needs none.
+    late = range(0 if self.policy.objective.name == "nft" else 1, count)
+    before = {(r, u): [*self._before(drawing, drawn[r], r, parts[r][u])] for r in drawn for u in late}
+    totals: dict[str, list[float]] = {}
+    for u in range(count):
+      here = {route: parts[route][u] for route in drawn if len(parts[route][u])}
+      if here:
+        state, sums = self._update(state, drawn, here, {r: before.get((r, u)) for r in here})
+        for name, value in jax.device_get(sums).items():
+          totals.setdefault(name, []).append(float(value))
+    return state, {name: float(np.mean(values)) for name, values in totals.items()}
+
+  def _before(self, drawing: Any, d: Drawn, route: Route, index: np.ndarray) -> Iterator[jax.Array]:
+    for rows, _ in policy.micro_batches(index, self.setup.plan.batch, 0.0):
+      yield policy.velocities(
+        drawing, d.x, d.row.t, d.text, self.sampler.null, self.sampler.scale, rows, cfg=self.job.cfg, route=route
+      )
+
+  def _update(
+    self,
+    state: PolicyState,
+    drawn: Mapping[Route, Drawn],
+    parts: Mapping[Route, np.ndarray],
+    before: Mapping[Route, list[jax.Array] | None],
+  ) -> tuple[PolicyState, dict[str, jax.Array]]:
+    """One update; every route of the group has the same weight in it."""
+    total = None
+    for route, index in parts.items():
+      d = drawn[route]
+      batches = policy.micro_batches(index, self.setup.plan.batch, 1 / (len(index) * len(parts)))
+      for number, (rows, weight) in enumerate(batches):
+        known = before[route]
+        found = policy.gradients(
+          state.params,
+          state.reference,
+          (d.x, d.goal, d.row, d.text, jnp.asarray(d.advantage)),
+          self.sampler.null,
+          self.sampler.scale,
+          rows,
+          weight,
+          jnp.zeros((len(rows),) + d.x.shape[1:]) if known is None else known[number],
+          known is None,
+          cfg=self.job.cfg,
+          route=route,
+          objective=self.policy.objective,
+          scale=self.policy.scale,
+        )
+        total = found if total is None else policy.add(total, found)
+    grads, sums = total
+    return self.policy.apply(state, grads, self.trainable), sums | {"grad_norm": policy.norm(grads)}
+
+  def _model(self, params: Any, step: int) -> model_dir.Model:
+    return self.job.model(params, self.setup.routes, {"task": self.config.task, "epochs": str(step)})
+
+  def look(self, n: int, state: PolicyState) -> PolicyState:
+    """Watches; at the start and at the end evaluates every route and reports."""
+    params = self.policy.weights(state.ema, state.reference)
+    if n == 0:
+      self.snapshots.take(0, "given weights", params, self.setup.routes, None)
+    training = float(np.mean(self._rewards)) if self._rewards else None
+    verdict = self.decide(self.watch.look(n, params, self._model(params, n), training))
+    self._rewards = []
+    if verdict.stop or n == self.config.train.epochs:
+      if verdict.stop:
+        logging.warning("stopped at epoch %d: %s", n, verdict.stop)
+      self._finish(n, verdict)
+    if verdict.stop:
+      raise _StoppedError
+    return state
+
+  def decide(self, verdict: Verdict) -> Verdict:
+    """The verdict that counts after a look; another kind of run may add reasons to stop."""
+    return verdict
+
+  def _finish(self, n: int, verdict: Verdict) -> None:
+    epoch, params = self.watch.best(verdict)
+    model = self._model(params, epoch)
+    model_dir.save(os.path.join(self.job.workdir, "model"), model)
+    self.snapshots.take(n, f"aligned, {self.config.objective.name}", params, self.setup.routes, None)
+    notes = self.watch.notes(verdict) + ([f"Stopped at epoch {n}: {verdict.stop}."] if verdict.stop else [])
+    self.snapshots.report(n, model, title=f"{self.config.task}: {self.config.init}", notes=notes)
+    logging.info("done: open %s", os.path.join(self.job.workdir, "report.md"))
+
+
+def _summary(drawn: Mapping[Route, Drawn], group: int) -> dict[str, float]:
+  """Means over the pictures of an epoch: by route, reward and task."""
+  every = list(drawn.values())
+  rewards = np.concatenate([d.rewards for d in every])
+  groups = [d.rewards.reshape(-1, group) for d in every]
+  spread = np.concatenate([g.std(axis=1) for g in groups])
+  metrics = {
+    "reward": float(rewards.mean()),
+    "group_std": float(spread.mean()),
+    "zero_std_share": float(np.mean(np.concatenate([np.ptp(g, axis=1) == 0 for g in groups]))),
+  }
+  if len(drawn) > 1:
+    metrics |= {f"reward/{route.name}": float(d.rewards.mean()) for route, d in drawn.items()}
+  for name in every[0].scores:
+    metrics[f"score/{name}"] = float(np.mean(np.concatenate([d.scores[name] for d in every])))
+  tags = np.array([row.tag for d in every for row in d.prompts])
+  for tag in dict.fromkeys(tags):
+    metrics[f"task/{tag}"] = float(rewards[tags == tag].mean())
+  return metrics

@@ -1,0 +1,220 @@
+"""The weights that alignment moves, and the compiled parts of one update.
+
+  gradients(rows of a micro-batch) + gradients(...) + ...  -->  apply  -->  weights, optimiser, EMA
+
+The rows of an update are added up micro-batch by micro-batch, so that pictures whose group says nothing cost no pass
+through the model, and no batch is too large for the memory.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from elasticdit_jax.elastic import Route
+from elasticdit_jax.flow import stochastic
+from elasticdit_jax.models import dit
+from elasticdit_jax.train import lora, losses, optim
+from elasticdit_jax.train.state import copy
+from elasticdit_jax.train.step import frozen_mask, velocity
+from elasticdit_jax.types import Text
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PolicyState:
+  """What a run of alignment carries from epoch to epoch; a pytree.
+
+  Attributes:
+    step: int32 [], completed epochs (rollout and its updates).
+    updates: int32 [], completed updates.
+    params: what is trained: the weights, or their adapters.
+    opt_state, ema: of params.
+    key: of the run; epochs fold their number into it.
+    reference: the given weights, frozen; adapters are merged into them.
+    old: like params, the average that draws the pictures of DiffusionNFT; None where params themselves draw.
+  """
+
+  step: jax.Array
+  updates: jax.Array
+  params: Any
+  opt_state: Any
+  ema: Any
+  key: jax.Array
+  reference: Any
+  old: Any = None
+
+  def advanced(self) -> "PolicyState":
+    """The same after one more epoch."""
+    return dataclasses.replace(self, step=self.step + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+  """Everything static about the update.
+
+  Attributes:
+    cfg: the backbone.
+    objective: what is minimised.
+    tx: the optimiser.
+    ema_decay: of the average that is evaluated and kept.
+    rank, alpha: of the adapters; rank 0 trains the weights themselves.
+  """
+
+  cfg: dit.DiTConfig
+  objective: losses.Objective
+  tx: optax.GradientTransformation | None
+  ema_decay: float
+  rank: int
+  alpha: float
+
+  @property
+  def scale(self) -> float:
+    """Of the adapters; 0 without."""
+    return self.alpha / self.rank if self.rank else 0.0
+
+  def trained(self, weights: Any, key: jax.Array) -> Any:
+    """What is trained of these weights: new adapters, or they themselves."""
+    return lora.init(weights, self.rank, key) if self.rank else weights
+
+  def create(self, weights: Any, seed: int) -> PolicyState:
+    """The state before the first epoch."""
+    key = jax.random.key(seed)
+    params = self.trained(weights, jax.random.fold_in(key, 0))
+    old = copy(params) if self.objective.name == "nft" else None
+    zero = jnp.int32(0)
+    return PolicyState(zero, jnp.int32(0), copy(params), self.tx.init(params), copy(params), key, copy(weights), old)
+
+  def weights(self, trained: Any, reference: Any) -> Any:
+    """The backbone's weights that a tree like state.params stands for."""
+    return _merge(reference, trained, self.scale) if self.rank else trained
+
+  def apply(self, state: PolicyState, grads: Any, trainable: tuple[Route, ...]) -> PolicyState:
+    """One update; what no route of `trainable` reads keeps its value bit for bit."""
+    params, opt_state, ema = _apply(
+      state.params, state.opt_state, state.ema, grads, state.updates, self.tx, self.ema_decay, trainable
+    )
+    return dataclasses.replace(state, updates=state.updates + 1, params=params, opt_state=opt_state, ema=ema)
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def _merge(reference: Any, trained: Any, scale: float) -> Any:
+  return lora.merge(reference, trained, scale)
+
+
+@functools.partial(jax.jit, static_argnames=("tx", "decay", "trainable"))
+def _apply(params, opt_state, ema, grads, number, tx, decay, trainable):
+  params, opt_state = optim.frozen_update(tx, grads, opt_state, params, frozen_mask(params, trainable))
+  return params, opt_state, optim.ema_update(ema, params, number, decay)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "route"))
+def velocities(
+  weights: Any,
+  x: jax.Array,
+  t: jax.Array,
+  text: Text,
+  null: Text,
+  guidance: jax.Array | None,
+  index: jax.Array,
+  *,
+  cfg: dit.DiTConfig,
+  route: Route,
+) -> jax.Array:
+  """Velocity of rows `index` [m] of M, as the sampler sees it; x [M, ...], t [M], text of B rows."""
+  part = jax.tree.map(lambda a: a[index % len(text.mask)], text)
+  return _guided(cfg, weights, x[index], t[index], part, null, guidance, route)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "route", "objective", "scale"))
+def gradients(
+  trained: Any,
+  reference: Any,
+  rows: tuple[jax.Array, jax.Array, stochastic.Steps, Text, jax.Array],
+  null: Text,
+  guidance: jax.Array | None,
+  index: jax.Array,
+  weight: jax.Array,
+  v_old: jax.Array,
+  fresh: jax.Array,
+  *,
+  cfg: dit.DiTConfig,
+  route: Route,
+  objective: losses.Objective,
+  scale: float,
+) -> tuple[Any, dict[str, jax.Array]]:
+  """Gradient of the objective over a micro-batch, and its sums.
+
+  Args:
+    trained, reference: as in PolicyState; `scale` of the adapters, 0 where trained are the weights.
+    rows: (x, goal, row, text, advantage) of a rollout, see rollout.Drawn.
+    null, guidance: of the sampler.
+    index: int32 [m], which of the M rows.
+    weight: float32 [m], 0 for padding.
+    v_old: [m, h, w, C], velocity of the weights that drew; not read where `fresh`.
+    fresh: bool [], the weights in training are those that drew: their ratio is exactly 1, whatever was fused how.
+    cfg, route, objective: static.
+
+  Returns:
+    (tree like trained, {"loss" and sums of the objective}).
+  """
+  x, goal, table, text, advantage = rows
+  picture = index % len(text.mask)
+  part = jax.tree.map(lambda a: a[picture], text)
+  row = jax.tree.map(lambda column: column[index], table)
+  moments = losses.Moments(x[index], goal[index], part, advantage[picture], weight, row)
+
+  def objective_of(trained):
+    weights = lora.merge(reference, trained, scale) if scale else trained
+    v = _guided(cfg, weights, moments.x, row.t, part, null, guidance, route)
+    before = jnp.where(fresh, jax.lax.stop_gradient(v), v_old)
+    anchor = None
+    if objective.kl:
+      anchor = jax.lax.stop_gradient(_guided(cfg, reference, moments.x, row.t, part, null, guidance, route))
+    return losses.loss(objective, v, before, anchor, moments)
+
+  (value, sums), grads = jax.value_and_grad(objective_of, has_aux=True)(trained)
+  return grads, sums | {"loss": value}
+
+
+def _guided(cfg, weights, x, t, text, null, guidance, route) -> jax.Array:
+  """The guided velocity; the unconditional branch passes no gradient, so it costs no backward pass."""
+  v = velocity(cfg, weights, x, t, text, route)
+  if guidance is None:
+    return v
+  empty = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(x),) + a.shape[1:]), null)
+  v_null = jax.lax.stop_gradient(velocity(cfg, jax.lax.stop_gradient(weights), x, t, empty, route))
+  return v_null + guidance * (v - v_null)
+
+
+@jax.jit
+def add(a: Any, b: Any) -> Any:
+  """The sum of two trees."""
+  return jax.tree.map(jnp.add, a, b)
+
+
+norm = jax.jit(optax.tree.norm)
+"""Norm of a tree, []."""
+
+
+@jax.jit
+def move_old(state: PolicyState) -> PolicyState:
+  """The average that draws, one epoch on: slow to follow later (DiffusionNFT's schedule for GenEval)."""
+  decay = jnp.minimum(0.001 * state.step.astype(jnp.float32), 0.5)
+  old = jax.tree.map(lambda o, p: decay * o + (1 - decay) * p, state.old, state.params)
+  return dataclasses.replace(state, old=old)
+
+
+def micro_batches(index: np.ndarray, size: int, weight: float) -> list[tuple[np.ndarray, np.ndarray]]:
+  """(index int32 [size], weight float32 [size]) that cover `index`; the last is filled up with rows of weight 0."""
+  parts = []
+  for start in range(0, len(index), size):
+    part = index[start : start + size]
+    padded = np.zeros(size, np.int32)
+    padded[: len(part)] = part
+    parts.append((padded, np.where(np.arange(size) < len(part), weight, 0).astype(np.float32)))
+  return parts

@@ -1,0 +1,55 @@
+"""The benchmark of alignment: its table, and a clock that ends a run."""
+
+import pathlib
+import sys
+from unittest import mock
+
+from absl.testing import absltest
+
+from elasticdit_jax.train import grpo, watch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import alignment  # noqa: E402
+
+
+def scored(overall, counting, loss):
+  score = {"unseen": {"strict": {"overall": overall, "counting": counting}}}
+  return {"max-f8": {"score": score, "loss": loss}, "lite-f8": {"score": score, "loss": loss}}
+
+
+def run(variant, seed, gain):
+  return {
+    "variant": variant,
+    "seed": seed,
+    "seconds": [0.0, 9.0],
+    "records": [{"step": 0, "reward": 0.5}, {"step": 40, "reward": 0.6}],
+    "before": scored(0.5, 0.4, 0.3),
+    "after": scored(0.5 + gain, 0.4 + 2 * gain, 0.306),
+  }
+
+
+class AlignmentTest(absltest.TestCase):
+  def test_table_holds_means_over_seeds(self):
+    header, _, first, second = alignment.table([run("nft", 0, 0.1), run("nft", 1, 0.2), run("fast", 0, 0.0)]).split(
+      "\n"
+    )[:4]
+    self.assertIn("loss rise", header)
+    self.assertEqual(
+      [cell.strip() for cell in first.strip("|").split("|")],
+      ["nft", "2", "40", "0.60 ± 0.00", "65.00 ± 5.00", "15.00 ± 5.00", "30.00 ± 10.00", "2.00 ± 0.00"],
+    )
+    self.assertStartsWith(second, "| fast | 1 |")
+
+  def test_a_run_ends_at_the_first_look_after_its_time(self):
+    clock = iter([100.0, 104.0, 104.5, 111.0, 112.0])
+    timed = alignment.TimedRun.__new__(alignment.TimedRun)
+    timed._now, timed._seconds, timed._mark, timed.spent = lambda: next(clock), 10.0, 0.0, []
+    with mock.patch.object(grpo.Run, "look", lambda self, n, state: self.decide(watch.Verdict(0, ""))):
+      verdicts = [timed.look(n, None) for n in range(3)]
+    self.assertEqual(timed.spent, [0.0, 4.0, 10.5])
+    self.assertEqual([v.stop for v in verdicts], ["", "", "the time is over"])
+
+
+if __name__ == "__main__":
+  absltest.main()
