@@ -19,7 +19,8 @@ About two minutes on two idle CPU cores: 480 pictures for each of four routes, a
 
 A benchmark is drawn along every route into WORKDIR/<route>, laid out for its evaluator, whose command is printed at the
 end; once its results are there, the same command again writes tables.md. Interrupted, the same command goes on; on
-several hosts each draws its share. The model must know the words of the prompts.
+several hosts each draws its share. The model must know the words of the prompts. --config.models=hps_v2=DIR (also
+clip_score, pick_score) scores the pictures here, with weights that you have.
 """
 
 from ml_collections import ConfigDict
@@ -51,6 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.count = 0
     config.size = 0
     config.batch_size = 16
+    config.models = ""
     return config.lock()
   config.per_task = 1 if args.debug else 40
   config.pictures = 8

@@ -25,7 +25,7 @@ from absl import logging
 from PIL import Image
 
 from elasticdit_jax import generate
-from elasticdit_jax.evals import benchmark_tables, layouts
+from elasticdit_jax.evals import benchmark_scores, benchmark_tables, layouts, preference
 
 _JPEG_QUALITY = 75  # of Pillow where nobody names one, as in the evaluators' own examples
 _LOG_EVERY = 30.0  # seconds
@@ -37,8 +37,8 @@ def run(config: Any, workdir: str) -> None:
 
   Args:
     config: fields benchmark (one of layouts.BENCHMARKS), prompts (their path, or "scenes"), count (pictures per prompt;
-      0 = as many as its authors ask for), checkpoint, routes, steps, guidance, seed, solver, size (0 = the model's) and
-      batch_size.
+      0 = as many as its authors ask for), checkpoint, routes, steps, guidance, seed, solver, size (0 = the model's),
+      batch_size and models (preference models that score the pictures here, see preference.directories).
     workdir: is created.
 
   Raises:
@@ -52,6 +52,7 @@ def run(config: Any, workdir: str) -> None:
   count = config.count or benchmark.count
   cells = layouts.cells(name, found, count)
   batches = _batches(cells, config.batch_size)
+  models = preference.directories(config.models, "config.models")
   pipeline = generate.Pipeline.load(config.checkpoint or None, config.batch_size)
   names = generate.parse_routes(config.routes, pipeline)
   size = config.size or pipeline.model.size
@@ -73,6 +74,7 @@ def run(config: Any, workdir: str) -> None:
   if jax.process_index() == 0:
     for route in names:
       _explain(workdir, route, benchmark, size, count)
+    benchmark_scores.score(workdir, names, cells, models)
     benchmark_tables.write(workdir, [workdir])
 
 
@@ -173,12 +175,17 @@ def _write(root: str, cell: layouts.Cell, pictures: np.ndarray) -> None:
   for name, text in cell.beside.items():
     if not os.path.exists(os.path.join(root, name)):
       _place(workdir, os.path.join(root, name), text.encode())
-  if len(pictures) == 4:
-    pictures = np.concatenate([np.concatenate(list(pair), axis=1) for pair in (pictures[:2], pictures[2:])])[None]
   file = io.BytesIO()
   kind = {"quality": _JPEG_QUALITY, "format": "JPEG"} if cell.file.endswith(".jpg") else {"format": "PNG"}
-  Image.fromarray(pictures[0]).save(file, **kind)
+  Image.fromarray(_join(pictures)).save(file, **kind)
   _place(workdir, os.path.join(root, cell.file), file.getvalue())
+
+
+def _join(pictures: np.ndarray) -> np.ndarray:
+  """Pictures of one file, uint8 [1 or 4, H, W, 3], as one: four become a 2 x 2 grid."""
+  if len(pictures) == 1:
+    return pictures[0]
+  return np.concatenate([np.concatenate(list(pair), axis=1) for pair in (pictures[:2], pictures[2:])])
 
 
 def _place(workdir: str, path: str, data: bytes) -> None:

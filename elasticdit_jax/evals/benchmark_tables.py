@@ -3,6 +3,7 @@
     WORKDIR/results/<route>/geneval.jsonl      written by evaluate_images.py
     WORKDIR/results/<route>/hpsv2.txt          what hpsv2.evaluate prints
     WORKDIR/results/<route>/dpg.txt            written by compute_dpg_bench.py
+    WORKDIR/results/<route>/hps_v2.json        and its like, written by evals.benchmark_scores
     WORKDIR/<route>/<category>/...             written by the evaluators of T2I-CompBench
 
 Table 1 of the paper has HPSv2.1 and GenEval side by side, Table 2 also the sparsity. Overall of GenEval is the mean of
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from elasticdit_jax.evals import layouts
+from elasticdit_jax.evals import layouts, preference
 
 # Columns of the paper -> names in the evaluators' files.
 _HPS = {"Photo": "photo", "Animation": "anime", "Concept": "concept-art", "Paint": "paintings"}
@@ -58,6 +59,7 @@ class Result:
     geneval: task -> share of right pictures, and "overall".
     dpg: category -> score in percent, and "overall".
     t2i_compbench: category -> score in [0, 1].
+    preference: "benchmark kind" -> mean score, computed here.
   """
 
   model: str
@@ -67,6 +69,7 @@ class Result:
   geneval: Mapping[str, float] = dataclasses.field(default_factory=dict)
   dpg: Mapping[str, float] = dataclasses.field(default_factory=dict)
   t2i_compbench: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  preference: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def read_geneval(path: str | os.PathLike) -> dict[str, float]:
@@ -170,6 +173,7 @@ def collect(workdirs: Sequence[str | os.PathLike]) -> list[Result]:
       key = (described["weights"], route, described["settings"]["size"])
       line = merged.setdefault(key, {"sparsity": facts["sparsity"]})
       line |= _results(os.fspath(workdir), route)
+      line["preference"] = line.get("preference", {}) | _preferences(os.fspath(workdir), route, described["benchmark"])
   models = [route for _, route, _ in merged]
   return [
     Result(route if models.count(route) == 1 else f"{route} ({key[:6]})", size, **line)
@@ -192,8 +196,22 @@ def _results(workdir: str, route: str) -> dict[str, dict[str, float]]:
   return found | ({"t2i_compbench": scores} if scores else {})
 
 
+def _preferences(workdir: str, route: str, benchmark: str) -> dict[str, float]:
+  """Means that evals.benchmark_scores wrote; on HPSv2's own prompts also the styles."""
+  found = {}
+  for kind in preference.KINDS:
+    path = os.path.join(workdir, "results", route, f"{kind}.json")
+    if os.path.isfile(path):
+      with open(path) as f:
+        scores = json.load(f)
+      if benchmark == "hpsv2":
+        found |= {f"{benchmark} {kind} {style}": value for style, value in scores["folders"].items()}
+      found[f"{benchmark} {kind}"] = scores["mean"]
+  return found
+
+
 def text(results: Sequence[Result]) -> str:
-  """Markdown: HPSv2 and GenEval as in Tables 1 and 2 of the paper, then DPG-Bench and T2I-CompBench if there are."""
+  """Markdown: HPSv2 and GenEval as in Tables 1 and 2 of the paper, then the others where there are results."""
   parts = []
   if any(r.hpsv2 or r.geneval for r in results):
     head = ["Model", "Sparsity", "Res.", *(f"HPSv2.1 {c}" for c in _HPS), "HPSv2.1 Averaged"]
@@ -209,6 +227,10 @@ def text(results: Sequence[Result]) -> str:
     head = ["Model", "Sparsity", "Res.", *(f"T2I-CompBench {c}" for c in layouts.CATEGORIES)]
     columns = [[_cell(r.t2i_compbench.get(c), "{:.4f}") for c in layouts.CATEGORIES] for r in results]
     parts.append(_table(head, [[*_about(r), *c] for r, c in zip(results, columns, strict=True)]))
+  kinds = list(dict.fromkeys(name for r in results for name in r.preference))
+  if kinds:
+    lines = [[*_about(r), *(_cell(r.preference.get(kind), "{:.4f}") for kind in kinds)] for r in results]
+    parts.append("Computed here, not by the original code:\n\n" + _table(["Model", "Sparsity", "Res.", *kinds], lines))
   return "\n".join(parts)
 
 
@@ -240,7 +262,7 @@ def write(workdir: str | os.PathLike, runs: Sequence[str | os.PathLike]) -> bool
   Raises:
     ValueError: see `collect`.
   """
-  results = [r for r in collect(runs) if r.hpsv2 or r.geneval or r.dpg or r.t2i_compbench]
+  results = [r for r in collect(runs) if r.hpsv2 or r.geneval or r.dpg or r.t2i_compbench or r.preference]
   if not results:
     logging.info("no results of evaluators yet; give the same command again when they are there")
     return False

@@ -131,6 +131,23 @@ def _check_kind(kind: str) -> None:
     raise ValueError(f"preference: unknown score {kind!r}; there are {', '.join(KINDS)}")
 
 
+def directories(text: str, field: str) -> dict[str, str]:
+  """ "pick_score=DIR,hps_v2=DIR" as {kind: directory}; "" is none.
+
+  Raises:
+    ValueError: naming the config field: an unknown kind, one that is given twice, or a directory that is not there.
+  """
+  found: dict[str, str] = {}
+  for item in filter(None, (item.strip() for item in text.split(","))):
+    kind, _, path = (part.strip() for part in item.partition("="))
+    if kind not in KINDS or kind in found:
+      raise ValueError(f"{field}: expected {'=DIRECTORY, '.join(KINDS)}=DIRECTORY, each at most once, got {item!r}")
+    if not os.path.isdir(path):
+      raise ValueError(f"{field}: {kind}: no directory {path!r}; give the one that holds its weights")
+    found[kind] = path
+  return found
+
+
 def load(kind: str, directory: str | os.PathLike, batch_size: int = 16) -> Callable[..., dict[str, np.ndarray]]:
   """Reads a model.
 

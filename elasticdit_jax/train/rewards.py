@@ -227,26 +227,15 @@ def from_config(config: Mapping[str, Any]) -> Reward:
   if unknown:
     raise ValueError(f"rewards.{unknown[0]}: unknown field; there are {', '.join(DEFAULTS)}")
   fields = DEFAULTS | fields
-  models, servers = _models(fields["models"]), _servers(fields)
-  known = [name for names in [*LOCAL, *models, *servers] for name in names]
+  models, servers = preference.directories(fields["models"], "rewards.models"), _servers(fields)
+  known = [*(name for names in [*LOCAL, *servers] for name in names), *models]
   weights = parse_weights(fields["weights"], known)
   # Only now, because reading a model takes a while.
-  read = {names: preference.load(*names, path) for names, path in models.items() if names[0] in weights}
+  read = {(name,): preference.load(name, path) for name, path in models.items() if name in weights}
   for names, server in servers.items():
     if set(names) & set(weights):
       server.check()
   return Reward(LOCAL | read | servers, weights, fields["threads"])
-
-
-def _models(text: str) -> dict[tuple[str, ...], str]:
-  """The directory of each reward that has weights."""
-  if not text.strip():
-    return {}
-  pairs = _pairs("models", text, "pick_score=DIRECTORY")
-  unknown = [name for name, _ in pairs if name not in preference.KINDS]
-  if unknown:
-    raise ValueError(f"rewards.models: unknown model {unknown[0]!r}; there are {', '.join(preference.KINDS)}")
-  return {(name,): path for name, path in pairs}
 
 
 def _servers(fields: Mapping[str, Any]) -> dict[tuple[str, ...], reward_http.HttpReward]:

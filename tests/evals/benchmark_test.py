@@ -15,7 +15,7 @@ from PIL import Image
 
 from configs import evaluate as evaluate_config
 from elasticdit_jax import generate
-from elasticdit_jax.evals import benchmark, evaluate, layouts
+from elasticdit_jax.evals import benchmark, evaluate, layouts, preference
 from elasticdit_jax.interop import model_dir
 from tests.evals import official_readers, tiny_model
 
@@ -175,6 +175,8 @@ class BenchmarkTest(parameterized.TestCase):
       ({"size": 50}, "size: 50x50"),
       ({"steps": 0}, "steps"),
       ({"name": "dpg", "batch_size": 3}, "config.batch_size: expected at least 4, the pictures of one file, got 3"),
+      ({"models": "hps=x"}, "config.models: expected clip_score=DIRECTORY, .*, got 'hps=x'"),
+      ({"models": "hps_v2=nowhere"}, "config.models: hps_v2: no directory 'nowhere'"),
       ({"benchmark": "geneval2"}, "config.benchmark: unknown benchmark 'geneval2'; there are geneval, hpsv2"),
     ):
       with self.assertRaisesRegex(ValueError, message):
@@ -193,6 +195,43 @@ class BenchmarkTest(parameterized.TestCase):
     self._run(prompts=self.prompts, count=1)
     text = pathlib.Path(self.workdir, "tables.md").read_text()
     self.assertRegex(text, r"\| lite-f16 \| 0.00% \| 64 \|.* 75.00% \| 75.00% \|\n")
+
+  @parameterized.parameters(("hpsv2", 1), ("dpg", 4))
+  def test_scores_of_preference_models(self, name, count):
+    """A stand-in scores by the mean of the picture and the length of the prompt."""
+    os.makedirs(f"{self.directory}/clip")
+    calls = []
+
+    def model(images, prompts):
+      calls.append(len(images))
+      return {"hps_v2": np.float32([image.mean() + len(prompt) for image, prompt in zip(images, prompts, strict=True)])}
+
+    with absltest.mock.patch.object(preference, "load", lambda kind, directory: model):
+      for _ in range(2):
+        self._run(name, models=f"hps_v2={self.directory}/clip")
+    self.assertEqual(sum(calls), 12 * count)  # and not again the second time
+    with open(f"{self.workdir}/results/lite-f16/hps_v2.json") as f:
+      result = json.load(f)
+    expected = {}
+    for cell in layouts.cells(name, layouts.rows(name, "scenes"), count):
+      image = np.asarray(Image.open(f"{self.workdir}/lite-f16/{cell.file}"))
+      place = os.path.basename(os.path.dirname(cell.file))
+      expected.setdefault(place, []).append(image.mean() + len(cell.prompt))
+    self.assertEqual(result["pictures"], 12 * count)
+    self.assertEqual(set(result["folders"]), set(expected))
+    for place, values in expected.items():
+      self.assertAlmostEqual(result["folders"][place], np.mean(values), places=3)
+    text = pathlib.Path(self.workdir, "tables.md").read_text()
+    self.assertIn("Computed here, not by the original code", text)
+    self.assertIn(f"{name} hps_v2 photo" if name == "hpsv2" else f"{name} hps_v2", text)
+    self.assertIn(f" {result['mean']:.4f} |", text)
+
+  def test_scores_wait_for_other_hosts(self):
+    os.makedirs(f"{self.directory}/clip")
+    load = absltest.mock.Mock(return_value=lambda images, prompts: {"hps_v2": np.zeros(len(images))})
+    with absltest.mock.patch.object(preference, "load", load), self._host(0, 2):
+      self._run(prompts=self.prompts, count=2, models=f"hps_v2={self.directory}/clip")
+    self.assertEmpty(os.listdir(f"{self.workdir}/results/lite-f16"))
 
   def test_the_command_for_the_evaluator_is_shown(self):
     explained = layouts.BENCHMARKS["dpg"].command.format(root="r", results="s", size=64, count=4)

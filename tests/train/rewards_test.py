@@ -37,9 +37,9 @@ class RewardTest(parameterized.TestCase):
   def test_refuses_fields(self):
     with self.assertRaisesRegex(ValueError, "rewards.threads: expected at least 1, got 0"):
       rewards.from_config({"threads": 0})
-    with self.assertRaisesRegex(ValueError, "rewards.models: unknown model 'hps'; there are clip_score, pick_score"):
+    with self.assertRaisesRegex(ValueError, "rewards.models: expected clip_score=DIRECTORY, .*, got 'hps=here'"):
       rewards.from_config({"models": "hps=here"})
-    with self.assertRaisesRegex(ValueError, "pick_score: no directory nowhere"):
+    with self.assertRaisesRegex(ValueError, "rewards.models: pick_score: no directory 'nowhere'"):
       rewards.from_config({"models": "pick_score=nowhere", "weights": "pick_score=1"})
     with self.assertRaisesRegex(ValueError, "rewards.wieghts: unknown field; there are weights, models"):
       rewards.from_config({"wieghts": "scene_strict=1"})
