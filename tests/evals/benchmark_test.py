@@ -118,6 +118,7 @@ class BenchmarkTest(parameterized.TestCase):
     judged = official_readers.geneval(f"{self.workdir}/lite-f16")
     self.assertNotEmpty(judged)
     self.assertLess(len(judged), 10)
+    self.assertEmpty([name for name in _snapshot(f"{self.workdir}/lite-f16") if "partial" in name])
 
   def test_the_seed_and_the_prompt_decide(self):
     self._run(prompts=self.prompts, count=1)
