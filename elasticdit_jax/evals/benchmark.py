@@ -73,7 +73,7 @@ def run(config: Any, workdir: str) -> None:
     _draw(pipeline, route, settings, batches, os.path.join(workdir, route))
   if jax.process_index() == 0:
     for route in names:
-      _explain(workdir, route, benchmark, size, count)
+      _explain(workdir, route, name, size, count)
     benchmark_scores.score(workdir, names, cells, models)
     benchmark_tables.write(workdir, [workdir])
 
@@ -197,9 +197,10 @@ def _place(workdir: str, path: str, data: bytes) -> None:
   os.replace(partial, path)
 
 
-def _explain(workdir: str, route: str, benchmark: layouts.Benchmark, size: int, count: int) -> None:
+def _explain(workdir: str, route: str, name: str, size: int, count: int) -> None:
   results = os.path.join(workdir, "results", route)
   os.makedirs(results, exist_ok=True)
-  root = os.path.join(workdir, route)
-  fields = {"root": shlex.quote(root), "results": shlex.quote(results), "size": size, "count": count}
-  logging.info("%s: evaluate with: %s", route, benchmark.command.format(**fields))
+  fields = {"results": shlex.quote(results), "size": size, "count": count}
+  for root in layouts.roots(name, os.path.join(workdir, route), count):
+    command = layouts.BENCHMARKS[name].command.format(root=shlex.quote(root), **fields)
+    logging.info("%s: evaluate with: %s", route, command)

@@ -139,15 +139,18 @@ def cells(name: str, found: Sequence[Row], count: int) -> list[Cell]:
   if count < 1 or (allowed and count not in allowed):
     expected = f"one of {', '.join(map(str, allowed))}" if allowed else "at least 1"
     raise ValueError(f"config.count: {name}: expected {expected} pictures per prompt, got {count}")
-  seen: collections.Counter[str] = collections.Counter()
-  place: collections.Counter[str] = collections.Counter()
-  made = []
+  seen, place, made = collections.Counter(), collections.Counter(), []
   for row in found:
     numbers = tuple(range(seen[row.prompt] * count, (seen[row.prompt] + 1) * count))
     made += _LAYOUTS[name](row, place[row.group], numbers)
     seen[row.prompt] += 1
     place[row.group] += 1
   return made
+
+
+def roots(name: str, root: str, count: int) -> list[str]:
+  """The folders that the evaluator gets, one after the other."""
+  return [f"{root}/{k}" for k in range(count)] if name == "hpsv2" and count > 1 else [root]
 
 
 def _geneval_cells(row: Row, index: int, numbers: tuple[int, ...]) -> list[Cell]:
@@ -267,7 +270,7 @@ BENCHMARKS = {
     read=_read_hpsv2,
     prompts="the directory with anime.json, concept-art.json, paintings.json and photo.json",
     official=3200,
-    command="python -c \"import hpsv2; hpsv2.evaluate('{root}', hps_version='v2.1')\" | tee {results}/hpsv2.txt",
+    command="python -c \"import hpsv2; hpsv2.evaluate('{root}', hps_version='v2.1')\" | tee -a {results}/hpsv2.txt",
   ),
   "dpg": Benchmark(
     count=4,

@@ -66,7 +66,9 @@ def pad(image: np.ndarray, size: int) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames=("cfg", "method"))
 def _embed(params: Any, inputs: jax.Array, *, cfg: clip.CLIPConfig, method: str) -> jax.Array:
-  return clip.CLIP(cfg).apply({"params": params}, inputs, method=method)
+  # Accelerators would multiply in bfloat16 or TF32, an error as large as the differences between pictures of a prompt.
+  with jax.default_matmul_precision("float32"):
+    return clip.CLIP(cfg).apply({"params": params}, inputs, method=method)
 
 
 class Preference:

@@ -238,8 +238,11 @@ class BenchmarkTest(parameterized.TestCase):
     explained = layouts.BENCHMARKS["dpg"].command.format(root="r", results="s", size=64, count=4)
     self.assertIn("--image-root-path r --resolution 64 --pic-num 4", explained)
     with self.assertLogs(logging.get_absl_logger(), "INFO") as logs:
-      benchmark._explain(self.directory, "lite-f16", layouts.BENCHMARKS["geneval"], 64, 4)
+      benchmark._explain(self.directory, "lite-f16", "geneval", 64, 4)
+      benchmark._explain(self.directory, "lite-f16", "hpsv2", 64, 2)
     self.assertIn(f"evaluate_images.py {self.directory}/lite-f16 --outfile", logs.output[0])
+    for root, line in zip(("0", "1"), logs.output[1:], strict=True):
+      self.assertIn(f"hpsv2.evaluate('{self.directory}/lite-f16/{root}', hps_version='v2.1')", line)
 
 
 if __name__ == "__main__":
