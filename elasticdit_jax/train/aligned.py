@@ -15,7 +15,7 @@ from elasticdit_jax.elastic import Route, select_route
 from elasticdit_jax.flow import stochastic
 from elasticdit_jax.interop import model_dir
 from elasticdit_jax.train import job as job_lib
-from elasticdit_jax.train import losses, phases, rewards
+from elasticdit_jax.train import losses, optim, phases, rewards
 from elasticdit_jax.train import prompts as prompts_lib
 from elasticdit_jax.train.policy import Policy
 from elasticdit_jax.train.prompts import Prompt, Prompts
@@ -32,7 +32,8 @@ class Setup:
   """Everything fixed over a run.
 
   Attributes:
-    job: data, codecs, encoder, held-out pictures.
+    config: as given.
+    job: data, codecs, encoder, held-out pictures; its config has everything that the model decides filled in.
     weights: the given ones.
     routes: every route of the model, by name.
     groups: routes that are trained, in turn; those of one group share prompts and updates.
@@ -42,6 +43,7 @@ class Setup:
     limits: when to stop early.
   """
 
+  config: Any
   job: job_lib.Job
   weights: Any
   routes: Mapping[str, Route]
@@ -54,7 +56,7 @@ class Setup:
 
   def policy(self, optimizer: Callable[[Any], optax.GradientTransformation]) -> Policy:
     """The static part of the updates; `optimizer` gets the shapes of what is trained."""
-    config = self.job.config
+    config = self.config
     objective = objective_of(config.objective)
     made = Policy(
       self.job.cfg,
@@ -86,18 +88,20 @@ def prepare(config: Any, workdir: str) -> Setup:
   _check(config)
   if not config.init:
     raise ValueError("config.init: alignment needs a finished model; give its directory, a workdir, or 'shipped'")
+  # Cheap checks first: pictures are read last.
+  optim.schedule(config.optimizer, config.train.epochs)
   model = model_dir.load(job_lib.init_directory(config))
-  job = _job(config, workdir, model)
   groups = _groups(config, model)
-  reward = rewards.from_config(config.rewards)
   prompts = _prompts(config, model)
+  reward = rewards.from_config(config.rewards)
+  job = _job(config, workdir, model)
   watched = prompts.held_out[: config.watch.prompts]
   blank = np.zeros((1, job.config.data.size, job.config.data.size, 3), np.uint8)
   for each in watched:
     # A reward that does not know a prompt, or whose server is not there, says so now.
     reward(blank, [each.text], [each.metadata])
   limits = Limits(config.watch.loss, config.watch.diversity, config.watch.patience)
-  return Setup(job, model.params, model.routes, groups, _plan(config), prompts, watched, reward, limits)
+  return Setup(config, job, model.params, model.routes, groups, _plan(config), prompts, watched, reward, limits)
 
 
 def _job(config: Any, workdir: str, model: model_dir.Model) -> job_lib.Job:

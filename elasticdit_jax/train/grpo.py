@@ -54,7 +54,7 @@ class Run:
   """One run: epochs, watch, report."""
 
   def __init__(self, setup: aligned.Setup):
-    self.setup, self.job, self.config = setup, setup.job, setup.job.config
+    self.setup, self.job, self.config = setup, setup.job, setup.config
     self.groups = setup.groups
     self.trainable = tuple(dict.fromkeys(route for group in self.groups for route in group))
     self._rewards: list[float] = []  # of the epochs since the last look
