@@ -5,7 +5,8 @@
 #
 #   0   the run is finished
 #   2   the command or the data is wrong; the same command again would fail again
-#   75  stopped by SIGTERM (preemption, maintenance, time limit) after saving; the same command again goes on
+#   75  stopped by SIGTERM (preemption, maintenance, time limit) after saving, or another host did not answer in time;
+#       the same command again goes on
 #   any other: a host or a chip was lost; the same command again goes on from the last checkpoint
 #
 # The training process itself leaves with 0 after SIGTERM, which a scheduler would take for a finished run.
