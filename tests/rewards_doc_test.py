@@ -6,6 +6,7 @@ import re
 import threading
 
 import numpy as np
+from absl import logging
 from absl.testing import absltest, parameterized
 
 from elasticdit_jax.train import reward_http
@@ -100,7 +101,7 @@ class ServerTest(parameterized.TestCase):
     scores = client(images, ["x"] * 3, [_SIDE_BY_SIDE, _RED_CUP, _TWO_DOGS])
     np.testing.assert_array_equal(scores["geneval_strict"], [1, 1, 0])
     np.testing.assert_array_equal(scores["geneval_partial"], [1, 1, 0])
-    with absltest.mock.patch("traceback.print_exc"):
+    with absltest.mock.patch("traceback.print_exc"), self.assertLogs(logging.get_absl_logger(), "WARNING"):
       with self.assertRaisesRegex(ValueError, "failed 4 times on one batch: HTTP 500 .*KeyError: 'tag'"):
         client(images[:1], ["x"], [{}])
 

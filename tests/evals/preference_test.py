@@ -1,5 +1,6 @@
 """Preference scores from a random CLIP: formulas, preprocessing, batches, and a directory read from disk."""
 
+import importlib
 import json
 import os
 import tempfile
@@ -18,6 +19,12 @@ from elasticdit_jax.train import rewards
 from tests.interop import clip_tokenizer_test
 from tests.models import clip_oracle
 
+try:
+  import torch
+  import transformers
+except ImportError:
+  torch = transformers = None
+
 _IMAGES = np.random.default_rng(2).integers(0, 255, (5, 15, 18, 3), np.uint8)
 _PROMPTS = ["a", "b", "a", "c", "b"]
 _MEAN, _STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -33,6 +40,34 @@ def tearDownModule():
 
 def _tokenize(texts):
   return np.int32([[38, *(ord(c) % 30 for c in text), 39, 0, 0, 0, 0, 0][:7] for text in texts])
+
+
+def _photograph(height, width):
+  smooth = ndimage.gaussian_filter(np.random.default_rng(0).uniform(0, 255, (height, width, 3)), (2, 2, 0))
+  return np.clip(3 * smooth - 255, 0, 255).astype(np.uint8)
+
+
+@unittest.skipUnless(transformers, "needs torch and transformers")
+class OriginalPreprocessingTest(parameterized.TestCase):
+  @parameterized.parameters((256, 256), (300, 257), (333, 500), (128, 128), (231, 229))
+  def test_crop_is_that_of_transformers(self, height, width):
+    image = _photograph(height, width)
+    processor = importlib.import_module("transformers.models.clip.image_processing_pil_clip").CLIPImageProcessorPil()
+    expected = processor(images=image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    np.testing.assert_allclose(
+      (preference.crop(image, 224) - np.float32(_MEAN)) / np.float32(_STD), expected, atol=1e-6
+    )
+
+  @parameterized.parameters((512, 512), (300, 400), (100, 100))
+  def test_pad_resizes_as_torch_does_with_antialiasing(self, height, width):
+    image = _photograph(height, width)
+    size = [round(n * 224 / max(height, width)) for n in (height, width)]
+    tensor = torch.from_numpy(image / 255).permute(2, 0, 1)[None].float()
+    resized = torch.nn.functional.interpolate(tensor, size, mode="bicubic", antialias=True, align_corners=False)
+    top = (224 - size[0]) // 2
+    np.testing.assert_allclose(
+      preference.pad(image, 224)[top : top + size[0]], resized[0].permute(1, 2, 0).numpy(), atol=1e-5
+    )
 
 
 class PreferenceTest(parameterized.TestCase):

@@ -75,6 +75,11 @@ class _Server(http.server.ThreadingHTTPServer):
 
 
 class HttpRewardTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.enterContext(self.assertLogs(logging.get_absl_logger(), "DEBUG"))
+    logging.debug("a test need not log")
+
   def _server(self, *script):
     server = _Server(script)
     self.addCleanup(server.stop)
