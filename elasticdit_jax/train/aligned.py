@@ -84,17 +84,18 @@ def prepare(config: Any, workdir: str) -> Setup:
   """
   if jax.process_count() > 1:
     raise ValueError(f"this version aligns in one process, here are {jax.process_count()}; start it on one host alone")
-  check_ranges(config)
   _check(config)
   if not config.init:
     raise ValueError("config.init: alignment needs a finished model; give its directory, a workdir, or 'shipped'")
   # Cheap checks first: pictures are read last.
   optim.schedule(config.optimizer, config.train.epochs)
   model = model_dir.load(job_lib.init_directory(config))
+  resolved = _resolved(config, model)
+  check_ranges(resolved)
   groups = _groups(config, model)
   prompts = _prompts(config, model)
   reward = rewards.from_config(config.rewards)
-  job = _job(config, workdir, model)
+  job = _job(resolved, workdir, model)
   watched = prompts.held_out[: config.watch.prompts]
   blank = np.zeros((1, job.config.data.size, job.config.data.size, 3), np.uint8)
   for each in watched:
@@ -104,8 +105,8 @@ def prepare(config: Any, workdir: str) -> Setup:
   return Setup(config, job, model.params, model.routes, groups, _plan(config), prompts, watched, reward, limits)
 
 
-def _job(config: Any, workdir: str, model: model_dir.Model) -> job_lib.Job:
-  cfg = dataclasses.replace(model.cfg, remat=config.model.remat, dtype=config.model.dtype)
+def _resolved(config: Any, model: model_dir.Model) -> Any:
+  """The config with everything about the data that the model decides."""
   config = config.copy_and_resolve_references().unlock()
   config.data = ConfigDict(
     {
@@ -119,13 +120,18 @@ def _job(config: Any, workdir: str, model: model_dir.Model) -> job_lib.Job:
       "max_words": 20_000,
     }
   )
+  return config.lock()
+
+
+def _job(config: Any, workdir: str, model: model_dir.Model) -> job_lib.Job:
+  cfg = dataclasses.replace(model.cfg, remat=config.model.remat, dtype=config.model.dtype)
   job_lib.check_size(config.data.size, max(model.codecs) * cfg.patch)
   source, held_out, _ = pipeline.source_from_config(config.data)
   batches = pipeline.validation_batch(held_out, model.encoder, config.watch.pictures, 1)
   captions = held_out.read(np.arange(config.report.pictures))[1]
   flow = FlowConfig(0.0, 1.0, model.flow.shift, model.flow.tokens)
   captions = tuple(model.encoder.clip(caption) for caption in captions)
-  return job_lib.Job(config.lock(), workdir, cfg, flow, model.codecs, source, model.encoder, tuple(batches), captions)
+  return job_lib.Job(config, workdir, cfg, flow, model.codecs, source, model.encoder, tuple(batches), captions)
 
 
 def _groups(config: Any, model: model_dir.Model) -> tuple[tuple[Route, ...], ...]:
