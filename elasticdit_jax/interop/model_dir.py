@@ -23,11 +23,16 @@ from absl import logging
 from elasticdit_jax import elastic
 from elasticdit_jax.data.text import WordEncoder
 from elasticdit_jax.elastic import VAE_FACTORS, Route
-from elasticdit_jax.interop import weights
-from elasticdit_jax.models import dit, tdvae
+from elasticdit_jax.interop import diffusers_vae, weights
+from elasticdit_jax.models import codec as codec_lib
+from elasticdit_jax.models import dit
+from elasticdit_jax.models.autoencoder_kl import KLConfig
 from elasticdit_jax.models.codec import Codec
+from elasticdit_jax.models.tdvae import VAEConfig
 
 FORMAT = 1
+# Named in the metadata of a VAE file; a file that names none is of the first.
+_VAE_CLASSES = {"TDVAE": VAEConfig, "AutoencoderKL": KLConfig}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +192,7 @@ def save_codecs(path: str | os.PathLike, codecs: Mapping[int, Codec], dtype: str
   os.makedirs(path, exist_ok=True)
   for factor, codec in codecs.items():
     metadata = {
+      "class": next(name for name, kind in _VAE_CLASSES.items() if isinstance(codec.cfg, kind)),
       "config": json.dumps(dataclasses.asdict(codec.cfg)),
       "shift": json.dumps(np.asarray(codec.shift, np.float64).tolist()),
       "scale": json.dumps(float(codec.scale)),
@@ -195,11 +201,16 @@ def save_codecs(path: str | os.PathLike, codecs: Mapping[int, Codec], dtype: str
 
 
 def load_codecs(path: str | os.PathLike) -> dict[int, Codec]:
-  """Reads every vae_f*.safetensors of a directory, or of the model inside a training run.
+  """Reads every vae_f*.safetensors of a directory, or of the model inside a training run; or a folder of diffusers.
 
   Raises:
     ValueError: where there is none, or one is damaged or does not fit its own description.
   """
+  if diffusers_vae.is_folder(path):
+    codec = diffusers_vae.load(path)
+    if codec.factor not in VAE_FACTORS:
+      raise ValueError(f"vae: {os.fspath(path)} is an f{codec.factor} VAE; expected one of {VAE_FACTORS}")
+    return {codec.factor: codec}
   codecs = {}
   for factor in VAE_FACTORS:
     name = f"vae_f{factor}.safetensors"
@@ -216,7 +227,7 @@ def load_codecs(path: str | os.PathLike) -> dict[int, Codec]:
 def _load_codec(file: str) -> Codec:
   params, metadata = weights.load_tree(file), weights.load_metadata(file)
   try:
-    cfg = tdvae.VAEConfig(**json.loads(metadata["config"]))
+    cfg = _VAE_CLASSES[metadata.get("class", "TDVAE")](**json.loads(metadata["config"]))
     shift = np.asarray(json.loads(metadata["shift"]), np.float32)
     scale = np.float32(json.loads(metadata["scale"]))
     if shift.shape != (cfg.latent_channels,) or not np.isfinite(shift).all() or not 0 < scale < np.inf:
@@ -227,7 +238,7 @@ def _load_codec(file: str) -> Codec:
     ) from e
   if os.path.basename(file) != f"vae_f{cfg.factor}.safetensors":
     raise ValueError(f"vae: {file} holds an f{cfg.factor} VAE; give the file the name vae_f{cfg.factor}.safetensors")
-  weights.check_tree(tdvae.init_shapes(cfg), params, file)
+  weights.check_tree(codec_lib.init_shapes(cfg), params, file)
   return Codec(cfg, jax.tree.map(jnp.asarray, params), jnp.asarray(shift), jnp.asarray(scale))
 
 

@@ -9,11 +9,12 @@ With VAEs alone the directory serves `config.vae`; with a backbone as well it is
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from absl import app, flags, logging
 
 from elasticdit_jax.interop import model_dir
+from elasticdit_jax.models.codec import Codec
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("out", None, "The model directory to write.", required=True)
@@ -27,7 +28,8 @@ def package(out: str, vaes: Sequence[str], model: str = "", dtype: str = "float3
 
   Args:
     out: the model directory.
-    vaes: directories with vae_f8.safetensors or vae_f16.safetensors; they take the place of the model's own.
+    vaes: directories with vae_f8.safetensors or vae_f16.safetensors; they take the place of the model's own. Those in
+      training form, with several branches per convolution, are merged: the package holds the deployed form.
     model: model directory or workdir; "" for VAEs alone.
     dtype: of the stored weights.
 
@@ -37,13 +39,17 @@ def package(out: str, vaes: Sequence[str], model: str = "", dtype: str = "float3
   codecs = {factor: codec for path in vaes for factor, codec in model_dir.load_codecs(path).items()}
   if model:
     loaded = model_dir.load(model)
-    model_dir.save(out, dataclasses.replace(loaded, codecs=dict(loaded.codecs) | codecs), dtype)
+    model_dir.save(out, dataclasses.replace(loaded, codecs=_deployed(dict(loaded.codecs) | codecs)), dtype)
   elif codecs:
     model_dir.check_replaceable(out)
-    model_dir.save_codecs(out, codecs, dtype)
+    model_dir.save_codecs(out, _deployed(codecs), dtype)
   else:
     raise ValueError("--vae, --model: nothing to write; name at least one finished run")
   return sum(os.path.getsize(os.path.join(out, name)) for name in os.listdir(out))
+
+
+def _deployed(codecs: Mapping[int, Codec]) -> dict[int, Codec]:
+  return {factor: codec.deploy() for factor, codec in codecs.items()}
 
 
 def _main(argv: Sequence[str]) -> None:

@@ -90,7 +90,7 @@ def load_tree(path: str | os.PathLike) -> Tree:
   Raises:
     ValueError: where the file is missing, truncated or no safetensors file; the message names it.
   """
-  with _open(path) as f:
+  with open_file(path) as f:
     flat = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (the handle is no mapping)
   widened = {k: v.astype(np.float32) if np.issubdtype(v.dtype, np.floating) else v for k, v in flat.items()}
   return unflatten(widened)
@@ -98,11 +98,12 @@ def load_tree(path: str | os.PathLike) -> Tree:
 
 def load_metadata(path: str | os.PathLike) -> dict[str, str]:
   """The strings in the header of a safetensors file; raises ValueError like `load_tree`."""
-  with _open(path) as f:
+  with open_file(path) as f:
     return dict(f.metadata() or {})
 
 
-def _open(path: str | os.PathLike) -> Any:
+def open_file(path: str | os.PathLike) -> Any:
+  """A handle of safetensors.safe_open; raises ValueError, naming the file, where it is missing or damaged."""
   path = os.fspath(path)
   if not os.path.isfile(path):
     raise ValueError(f"weights: no file {path}; check the path, or run the task that writes it")

@@ -5,10 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 
 from elasticdit_jax.models import tdvae
-from elasticdit_jax.models.codec import Codec, fit_statistics, to_uint8
+from elasticdit_jax.models.autoencoder_kl import AutoencoderKL, KLConfig
+from elasticdit_jax.models.codec import Codec, as_rgb, fit_statistics, init_shapes, to_uint8
 from elasticdit_jax.models.tdvae import TDVAE, VAEConfig
 from elasticdit_jax.types import to_float
 from tests.models import cases
@@ -92,11 +93,55 @@ class CodecTest(absltest.TestCase):
     encode(Codec(other, cases.random_tree(tdvae.init_shapes(other)), jnp.zeros(16), jnp.float32(1.0)), image)
     self.assertEqual(traces, [CFG, other])
 
+  def test_training_form_is_merged_and_nothing_else_changes(self):
+    cfg = dataclasses.replace(CFG, branches=True)
+    codec = Codec(cfg, cases.random_tree(tdvae.init_shapes(cfg)), jnp.ones(16), jnp.float32(2.0))
+    deployed = codec.deploy()
+    self.assertEqual(deployed.cfg, CFG)
+    image = _image(16)
+    np.testing.assert_allclose(_encode(deployed, image), _encode(codec, image), atol=2e-5)
+    self.assertIs(deployed.deploy(), deployed)
+
+  def test_an_autoencoder_kl_is_a_codec_too(self):
+    cfg = KLConfig((4, 4, 4, 4), 1, latent_channels=3, norm_num_groups=2, use_post_quant_conv=True)
+    codec = Codec(cfg, cases.random_tree(init_shapes(cfg)), jnp.full(3, 0.5), jnp.float32(2.0))
+    self.assertEqual(codec.factor, 8)
+    self.assertIs(codec.deploy(), codec)
+    image = _image(16)
+    z = _encode(codec, image)
+    raw = jax.jit(lambda x: AutoencoderKL(cfg).apply({"params": codec.params}, x, method="encode"))(image)
+    np.testing.assert_allclose(z, (raw - 0.5) * 2.0, atol=1e-5)
+    self.assertEqual(_decode(codec, z).shape, image.shape)
+
   def test_pixels_round_trip_and_round_to_the_nearest_level(self):
     levels = np.arange(256, dtype=np.uint8)
     np.testing.assert_array_equal(to_uint8(to_float(levels)), levels)
     np.testing.assert_array_equal(to_uint8(to_float(levels) + 0.9 / 255 * np.sign(127.5 - levels)), levels)
     self.assertEqual(to_uint8(jnp.array([-1.0, 0.0, 1.0])).dtype, jnp.uint8)
+
+
+class PicturesTest(parameterized.TestCase):
+  def test_what_is_converted(self):
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    grey = as_rgb(levels)
+    self.assertEqual(grey.shape, (1, 16, 16, 3))
+    np.testing.assert_allclose(grey[..., 2], levels[..., 0] / 127.5 - 1, atol=1e-6)
+    image = _image(8)
+    self.assertIs(as_rgb(image), image)
+    self.assertEqual(_encode(_codec(), levels).shape, (1, 2, 2, 16))
+    self.assertEqual(_encode(_codec(), np.zeros((1, 1, 1, 3), np.uint8)).shape, (1, 1, 1, 16))
+
+  @parameterized.parameters(
+    (np.zeros((1, 8, 8, 4), np.uint8), "got shape .1, 8, 8, 4.; blend the alpha channel"),
+    (np.zeros((8, 8, 3), np.uint8), "expected .B, H, W, 3., or 1 channel of grey, got shape .8, 8, 3."),
+    (np.zeros((1, 0, 8, 3), np.uint8), "got shape .1, 0, 8, 3."),
+    (np.zeros((1, 8, 8, 3), np.int32), "expected uint8, or floats in .-1, 1., got int32"),
+    (np.full((1, 8, 8, 3), 255.0, np.float32), "got values from 255 to 255; give uint8, or divide by 127.5"),
+    (np.full((1, 8, 8, 3), np.nan, np.float32), "got values from nan to nan"),
+  )
+  def test_what_is_refused(self, image, message):
+    with self.assertRaisesRegex(ValueError, message):
+      _codec().encode(image)
 
 
 if __name__ == "__main__":
