@@ -10,7 +10,6 @@ import pywt
 from absl.testing import absltest, parameterized
 
 import elasticdit_jax
-from elasticdit_jax.evals.flops import count_flops
 from elasticdit_jax.interop import model_dir
 from elasticdit_jax.models import codec, tdvae
 from elasticdit_jax.models.tdvae import TDVAE, VAEConfig
@@ -166,22 +165,13 @@ class FormsTest(absltest.TestCase):
 
 
 class PresetTest(parameterized.TestCase):
-  # Ours, at 1024 px, with 2 FLOPs per multiply-add: the paper says 3.37 and 1.81, and has no f16 row.
+  # Their compute: tests/benchmarks/vae_test.py.
   @parameterized.parameters(
-    ("tdvae1-f8", 3.363, 3.020, 40.84),
-    ("tdvae2-f8", 1.796, 1.453, 10.06),
-    ("tdvae1-f16", 3.408, 3.021, 53.82),
-    ("tdvae2-f16", 1.891, 1.504, 18.50),
-    ("tdvae2-dense-f8", 1.989, 1.796, 28.30),
+    ("tdvae1-f8", 40.84), ("tdvae2-f8", 10.06), ("tdvae1-f16", 53.82), ("tdvae2-f16", 18.50), ("tdvae2-dense-f8", 28.30)
   )
-  def test_compute_and_parameters(self, name, plain, fused, millions):
-    cfg = tdvae.PRESETS[name]
-    shapes = tdvae.init_shapes(cfg)
+  def test_parameters(self, name, millions):
+    shapes = tdvae.init_shapes(tdvae.PRESETS[name])
     self.assertAlmostEqual(sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6, millions, places=2)
-    image = jax.ShapeDtypeStruct((1, 1024, 1024, 3), jnp.float32)
-    for fuse, expected in ((False, plain), (True, fused)):
-      flops = count_flops(lambda p, x, f=fuse: TDVAE(cfg, f).apply({"params": p}, x), shapes, image)
-      self.assertAlmostEqual(flops / 1e12, expected, places=3)
 
   def test_grouped_stages_middle_and_last_norm(self):
     image = _image(17, 30)
