@@ -1,4 +1,4 @@
-"""Task `evaluate`: scores, validation losses, costs and pictures of the routes of a finished model."""
+"""Task `evaluate`: scores, losses, costs and pictures of the routes of a finished model; or VAEs by themselves."""
 
 import json
 import os
@@ -9,13 +9,13 @@ import numpy as np
 from absl import logging
 
 from elasticdit_jax.data import pipeline as data_pipeline
-from elasticdit_jax.evals import benchmark, benchmark_tables, profile, report, scene_eval
+from elasticdit_jax.evals import benchmark, benchmark_tables, profile, reconstruction, report, scene_eval
 from elasticdit_jax.evals.validation import Validation, make_validation
 from elasticdit_jax.generate import Pipeline, parse_routes
 
 
 def run(config: Any, workdir: str) -> None:
-  """Writes WORKDIR/report.json, report.md and images/routes.png.
+  """Writes WORKDIR/report.json, report.md and images/routes.png; with config.vaes see `reconstruction.run`.
 
   Args:
     config: fields checkpoint ("" = the weights inside the package), routes ("all", or names separated by commas),
@@ -27,6 +27,8 @@ def run(config: Any, workdir: str) -> None:
   Raises:
     ValueError: in one line; nothing has been written then.
   """
+  if "vaes" in config:
+    return reconstruction.run(config, workdir)
   if "benchmark" in config:
     return benchmark.run(config, workdir)
   if "runs" in config:

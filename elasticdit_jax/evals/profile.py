@@ -116,7 +116,7 @@ def profile_routes(
     logging.info("profile: %s compiled in %.1f s", name, program.compile_s)
     if program.route.vae not in decoders:
       decoders[program.route.vae] = _Decoder(program.codec, (batch, *program.grid, program.codec.cfg.latent_channels))
-  seconds = _interleaved({**programs, **decoders}, repeats)
+  seconds = interleaved({**programs, **decoders}, repeats)
   return {
     name: _profile(
       pipeline, program, decoders[program.route.vae], seconds[name], seconds[program.route.vae], steps, guidance, batch
@@ -152,7 +152,7 @@ class _Decoder:
     return self._compiled(*self._args)
 
 
-def _interleaved(programs: dict[Any, Callable[[], jax.Array]], repeats: int) -> dict[Any, list[float]]:
+def interleaved(programs: dict[Any, Callable[[], jax.Array]], repeats: int) -> dict[Any, list[float]]:
   """Seconds of every run of each program, in turns; the first round warms up and does not count."""
   seconds = {name: [] for name in programs}
   for number in range(repeats + 1):

@@ -72,12 +72,17 @@ def write(
   if not snapshots:
     raise ValueError("report: expected at least one snapshot, got none")
   os.makedirs(os.path.join(workdir, "images"), exist_ok=True)
-  report = _plain(_assemble(title, snapshots, profiles or {}, prompts, config or {}))
+  report = plain(_assemble(title, snapshots, profiles or {}, prompts, config or {}))
   report["pictures"] = _draw(workdir, prompts, drawn or {})
   report["notes"] = [*notes, *_notes(report)]
-  _write_text(os.path.join(workdir, "report.json"), json.dumps(report, indent=1, allow_nan=False) + "\n")
-  _write_text(os.path.join(workdir, "report.md"), report_text.render(report))
+  write_text(os.path.join(workdir, "report.json"), json.dumps(report, indent=1, allow_nan=False) + "\n")
+  write_text(os.path.join(workdir, "report.md"), report_text.render(report))
   return report
+
+
+def now() -> str:
+  """UTC time, to the second."""
+  return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def environment() -> dict[str, Any]:
@@ -108,7 +113,7 @@ def _assemble(title, snapshots, profiles, prompts, config) -> dict[str, Any]:
   return {
     "format": FORMAT,
     "title": title,
-    "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "created": now(),
     "environment": environment(),
     "routes": routes,
     "snapshots": [{key: s[key] for key in ("step", "label", "routes")} for s in snapshots],
@@ -189,20 +194,21 @@ def _gaps(scored: Mapping[str, Mapping[str, Any]]) -> list[str]:
   return notes
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
   """JSON values: arrays to lists, what is not finite to None."""
   if isinstance(value, Mapping):
-    return {str(k): _plain(v) for k, v in value.items()}
+    return {str(k): plain(v) for k, v in value.items()}
   if isinstance(value, np.ndarray | jax.Array):
-    return _plain(value.tolist())
+    return plain(value.tolist())
   if isinstance(value, list | tuple):
-    return [_plain(v) for v in value]
+    return [plain(v) for v in value]
   if isinstance(value, np.generic):
-    return _plain(value.item())
+    return plain(value.item())
   return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write_text(path: str, text: str) -> None:
+def write_text(path: str, text: str) -> None:
+  """Writes a file that nobody sees half of."""
   with open(f"{path}.partial", "w", encoding="utf-8") as f:
     f.write(text)
   os.replace(f"{path}.partial", path)

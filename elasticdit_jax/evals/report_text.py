@@ -42,7 +42,8 @@ def _picture(report: Mapping[str, Any], file: str, caption: str) -> list[str]:
   return [f"![{caption}]({file})", f"*{caption}.*"] if file in report["pictures"] else []
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+  """A Markdown table; columns but the first are set to the right."""
   lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -77,7 +78,7 @@ def _routes(routes: Mapping[str, Any]) -> list[str]:
       ]
     overall = [_overall(score[split]) if score else _NONE for split in splits]
     rows.append([name, *costs, _number(route["loss"]), *overall])
-  return ["## Routes", _table(head, rows), *_kept(routes)]
+  return ["## Routes", table(head, rows), *_kept(routes)]
 
 
 def _kept(routes: Mapping[str, Any]) -> list[str]:
@@ -89,7 +90,7 @@ def _kept(routes: Mapping[str, Any]) -> list[str]:
     if profile["realised_sparsity"]
   ]
   head = ["sparse route", "key blocks", "kept by each block that runs"]
-  return [_table(head, rows)] if rows else []
+  return [table(head, rows)] if rows else []
 
 
 def _splits(routes: Mapping[str, Any]) -> list[str]:
@@ -117,7 +118,7 @@ def _scores(routes: Mapping[str, Any]) -> list[str]:
     ]
     head = ["route", *tasks, "overall", "partial", "pictures with extra objects"]
     kind = {"seen": "combinations of training", "unseen": "combinations held out from training"}.get(split, "")
-    sections += [f"## Strict scores, {split}: {kind} (%)", _table(head, rows)]
+    sections += [f"## Strict scores, {split}: {kind} (%)", table(head, rows)]
   return sections
 
 
@@ -129,7 +130,7 @@ def _losses(routes: Mapping[str, Any]) -> list[str]:
   head = ["route", *(f"t {(i + 0.5) / bins:.2f}" for i in range(bins)), "mean"]
   rows = [[name, *map(_number, route["loss_by_time"]), _number(route["loss"])] for name, route in measured.items()]
   said = "Latents differ between f8 and f16, and so do their losses: compare routes of one VAE. t = 1 is noise."
-  return ["## Validation flow-matching loss by time", _table(head, rows), said]
+  return ["## Validation flow-matching loss by time", table(head, rows), said]
 
 
 def _curve(snapshots: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -144,7 +145,7 @@ def _curve(snapshots: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = [
       [s["label"], f"{s['step']}", *(_at(s["routes"].get(name, {}), field, split) for name in names)] for s in snapshots
     ]
-    sections += [f"**{title}**", _table(["", "step", *names], rows)]
+    sections += [f"**{title}**", table(["", "step", *names], rows)]
   return sections
 
 
@@ -171,7 +172,7 @@ def _importance(importance: Mapping[str, Any] | None) -> list[str]:
     )
   said = f"Validation loss of the full backbone {importance['base']:.4f}; flex-lite leaves out {importance['skipped']}."
   head = ["block", "loss rise when skipped alone", "taken as number", "loss then"]
-  return ["## Layer importance", said, _table(head, rows)]
+  return ["## Layer importance", said, table(head, rows)]
 
 
 def _leaves(node: Any, name: str = "config") -> list[str]:
