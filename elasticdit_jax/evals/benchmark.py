@@ -10,13 +10,17 @@ differs. Batches are cut from the list of files before anything else, so that ne
 hosts changes a picture. A file is there once it is whole: the same command again draws what is missing.
 """
 
+import dataclasses
 import hashlib
 import io
 import json
 import os
+import queue
 import shlex
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -140,19 +144,44 @@ def _draw(
   batches: Sequence[Sequence[layouts.Cell]],
   root: str,
 ) -> None:
-  """Draws the batches of this host that miss a file."""
+  """Draws the batches of this host that miss a file, as many at a time as it has devices."""
   mine = batches[jax.process_index() :: jax.process_count()]
   missing = [batch for batch in mine if not all(os.path.exists(os.path.join(root, cell.file)) for cell in batch)]
   logging.info("%s: %d of %d batches to draw", route, len(missing), len(mine))
+  free: queue.SimpleQueue[generate.Pipeline] = queue.SimpleQueue()
+  copies = _on_each_device(pipeline)
+  for copy in copies:
+    free.put(copy)
+
+  def draw(batch: Sequence[layouts.Cell]) -> None:
+    copy = free.get()
+    try:
+      for cell, pictures in zip(batch, _pictures(copy, route, settings, batch), strict=True):
+        _write(root, cell, pictures)
+    finally:
+      free.put(copy)
+
   begin = said = time.monotonic()
-  for done, batch in enumerate(missing, start=1):
-    for cell, pictures in zip(batch, _pictures(pipeline, route, settings, batch), strict=True):
-      _write(root, cell, pictures)
-    now = time.monotonic()
-    if now - said > _LOG_EVERY:
-      said = now
-      left = (now - begin) / done * (len(missing) - done)
-      logging.info("%s: %d of %d batches, %.0f min left", route, done, len(missing), left / 60)
+  with futures.ThreadPoolExecutor(len(copies)) as pool:
+    try:
+      for done, _ in enumerate(pool.map(draw, missing), start=1):
+        now = time.monotonic()
+        if now - said > _LOG_EVERY:
+          said = now
+          left = (now - begin) / done * (len(missing) - done)
+          logging.info("%s: %d of %d batches, %.0f min left", route, done, len(missing), left / 60)
+    except BaseException:
+      pool.shutdown(wait=False, cancel_futures=True)
+      raise
+
+
+def _on_each_device(pipeline: generate.Pipeline) -> list[generate.Pipeline]:
+  """The pipeline, with a copy of the weights on each device of this host where there are several."""
+  devices = jax.local_devices()
+  if len(devices) == 1:
+    return [pipeline]
+  placed = [dataclasses.replace(pipeline.model, params=jax.device_put(pipeline.model.params, d)) for d in devices]
+  return [dataclasses.replace(pipeline, model=model) for model in placed]
 
 
 def _pictures(
@@ -191,7 +220,7 @@ def _join(pictures: np.ndarray) -> np.ndarray:
 def _place(workdir: str, path: str, data: bytes) -> None:
   """Writes elsewhere and renames: evaluators list their folders, and would read a rest of an interrupted run."""
   os.makedirs(os.path.dirname(path), exist_ok=True)
-  partial = os.path.join(workdir, f".partial-{jax.process_index()}")
+  partial = os.path.join(workdir, f".partial-{jax.process_index()}-{threading.get_ident()}")
   with open(partial, "wb") as f:
     f.write(data)
   os.replace(partial, path)
