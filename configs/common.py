@@ -83,6 +83,21 @@ def adamw(*, learning_rate: float, warmup_steps: int, decay_fraction: float, wei
   )
 
 
+def devices_and_guard() -> ConfigDict:
+  """The sections `mesh` and `guard` of a training config; as they are, they suit one device and one host."""
+  return ConfigDict(
+    {
+      # Sizes of the axes (train/sharding.py); the batch is split over all other devices. -1: all that are left.
+      "mesh": {"fsdp": 1, "tensor": 1},
+      "guard": {
+        "rollbacks": 0,  # after NaN or infinity: times to go back to the last checkpoint and pass over the data since
+        "spike": 0.0,  # leaves out updates whose loss is above this many times its mean; 0: none
+        "hang_seconds": 1800.0,  # without a step: all stacks go to the log; 0: never
+      },
+    }
+  )
+
+
 def tiny_elastic(*, batch_size: int) -> ConfigDict:
   """Everything but task, init and phases of a training run of the `tiny` backbone on rendered scenes."""
   config = ConfigDict()
@@ -97,8 +112,18 @@ def tiny_elastic(*, batch_size: int) -> ConfigDict:
   config.optimizer.name = "muon"
   config.lite = ConfigDict({"skip": 2})
   config.train = ConfigDict(
-    {"ema_decay": 0.998, "distill": 0.0, "log_every": 50, "save_every": 500, "keep": 2, "validation_batches": 4}
+    {
+      "ema_decay": 0.998,
+      "distill": 0.0,
+      "accumulate": 1,  # parts of a batch, one after the other
+      "log_every": 50,
+      "save_every": 500,
+      "keep": 2,
+      "validation_batches": 4,
+      "profile": "",  # "100:110" writes a profile of those steps for XProf
+    }
   )
+  config.update(devices_and_guard())
   config.report = ConfigDict({"per_task": 20, "steps": 20, "guidance": 3.0, "pictures": 8})
   return config
 

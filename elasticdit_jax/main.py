@@ -31,6 +31,9 @@ TASKS = {
   "sparsify": "elasticdit_jax.train.sparsify",
 }
 
+# Tasks that several processes can share.
+SHARED_TASKS = ("uwco", "pretrain")
+
 _REMEDIES = {
   errno.ENOSPC: "make room there, or choose another --workdir",
   errno.EDQUOT: "make room there, or choose another --workdir",
@@ -40,6 +43,9 @@ _REMEDIES = {
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/ and the name of the config.")
+flags.DEFINE_string("coordinator", None, "host:port of process 0; TPU pods, Slurm and MPI need none of these three.")
+flags.DEFINE_integer("processes", None, "How many processes train together, each started with this command.")
+flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
 flags.DEFINE_boolean("debug", False, "Show tracebacks of errors, and what the libraries log.")
 
 
@@ -92,10 +98,13 @@ def main(name: str) -> None:
     _check_place(workdir)
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # compiled modules turn Ctrl-C into an ImportError
     _set_up_compilation_cache()
-    task = importlib.import_module(TASKS[config.task])
-    signal.signal(signal.SIGINT, before)
-    task.run(config, workdir)
-  except (ValueError, OSError, FloatingPointError) as e:
+    distributed = importlib.import_module("elasticdit_jax.train.distributed")
+    with distributed.joined(FLAGS.coordinator, FLAGS.processes, FLAGS.process) as count:
+      _check_shared(config.task, count)
+      task = importlib.import_module(TASKS[config.task])
+      signal.signal(signal.SIGINT, before)
+      task.run(config, workdir)
+  except (ValueError, OSError, FloatingPointError) as e:  # TimeoutError is an OSError
     _fail(e, FLAGS.debug or FLAGS.verbosity > 0)
   except KeyboardInterrupt:
     command = shlex.join(["python", "-m", "elasticdit_jax.main", *sys.argv[1:]])
@@ -111,7 +120,8 @@ def _fail(e: Exception, show_traceback: bool) -> NoReturn:
     text = ": ".join(filter(None, (e.filename and os.fspath(e.filename), e.strerror)))
     text += f"; {_REMEDIES[e.errno]}" if e.errno in _REMEDIES else ""
   sys.stderr.write(f"error: {' '.join(text.split()) or type(e).__name__}\n")
-  sys.exit(2)
+  # 75: a host was missing or silent, the same command may succeed; launch/train.sh hands it on to what restarts.
+  sys.exit(75 if isinstance(e, TimeoutError) else 2)
 
 
 def _check_place(workdir: str) -> None:
@@ -133,6 +143,14 @@ def _set_up_logging() -> None:
   handler = logging.get_absl_handler()
   handler.addFilter(lambda record: record.levelno >= python_logging.WARNING or record.pathname.startswith(ours))
   handler.setFormatter(python_logging.Formatter("%(levelname).1s %(asctime)s %(message)s", "%H:%M:%S"))
+
+
+def _check_shared(task: str, count: int) -> None:
+  if count > 1 and task not in SHARED_TASKS:
+    raise ValueError(
+      f"config.task: {task!r} runs in one process, here are {count}; start it on one host alone, or choose one of"
+      f" {', '.join(SHARED_TASKS)}"
+    )
 
 
 def _set_up_compilation_cache() -> None:

@@ -98,6 +98,7 @@ class MainTest(parameterized.TestCase):
     (["--config=toy.py", "--config.train={'steps': 'a', 'lr': 1.0, 'on': True}"], "--config.train.steps: expected int"),
     (["--config=toy.py", "--config.sizes=('a', 'b')"], "--config.sizes: expected tuple like (1, 2)"),
     (["--config=toy.py", "config.train.steps=5"], "two dashes: --config.train.steps=5"),
+    (["--config=toy.py", "--processes=2"], "give all of --coordinator=HOST:PORT, --processes=N and --process=0..N-1"),
     (["--config=toy.py", "--workdri=x"], "Did you mean: workdir"),
     (["--config=toy.py", "--config.task=nothing"], "unknown task 'nothing'; expected one of uwco, pretrain, vae"),
     (["--config=configs/nothing.py"], "no config file 'configs/nothing.py', neither here nor in the package"),
@@ -151,6 +152,12 @@ class MainTest(parameterized.TestCase):
       self.assertIn("python -m elasticdit_jax.main --config=toy.py", err)
     (saved,) = [p for p in (self.directory / "w" / "checkpoints").iterdir() if p.name.isdigit()]
     self.assertGreater(int(saved.name), 1)
+
+  def test_a_task_of_one_process_is_refused_to_several(self):
+    with self.assertRaisesRegex(ValueError, "config.task: 'vae' runs in one process, here are 4; .* uwco, pretrain"):
+      main._check_shared("vae", 4)
+    for task, count in (("uwco", 4), ("vae", 1)):
+      main._check_shared(task, count)
 
   @parameterized.parameters(sorted(main.TASKS))
   def test_every_task_has_its_run(self, task):

@@ -12,7 +12,7 @@ Orbax commits a step by renaming its directory, so a killed save never looks lik
 flipped bits in array files; the fingerprints do.
 """
 
-import fcntl
+import json
 import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
@@ -24,6 +24,9 @@ from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from elasticdit_jax.interop import weights
+from elasticdit_jax.train import distributed
+from elasticdit_jax.train.fingerprint import fingerprints_of
+from elasticdit_jax.train.workdir import lock
 
 State = Any
 _SPACE_MARGIN = 1.2
@@ -44,7 +47,8 @@ class Checkpointer:
   def __init__(self, workdir: str | os.PathLike, *, keep: int = 3, keep_steps: Collection[int] = ()):
     self._directory = os.path.abspath(os.path.join(workdir, "checkpoints"))
     os.makedirs(self._directory, exist_ok=True)
-    self._lock = _lock(self._directory, os.fspath(workdir))
+    self._lock: int | None = None
+    distributed.on_first("checkpoints", lambda: self._take_lock(os.fspath(workdir)))
     self._damaged: set[int] = set()
     self._pending: ocp.AsyncResponse | None = None
     self._manager = ocp.training.Checkpointer(
@@ -53,11 +57,16 @@ class Checkpointer:
       cleanup_tmp_directories=True,
     )
 
+  def _take_lock(self, workdir: str) -> None:
+    self._lock = lock(self._directory, workdir)
+
   def __enter__(self) -> "Checkpointer":
     return self
 
-  def __exit__(self, *unused_exception: Any) -> None:
-    self.close()
+  def __exit__(self, kind: type[BaseException] | None, *unused_exception: Any) -> None:
+    if kind in (None, SystemExit) or not distributed.several():
+      self.close()
+    # Else the other processes do not know yet: whoever waits for them here, waits for long.
 
   @property
   def steps(self) -> list[int]:
@@ -86,9 +95,9 @@ class Checkpointer:
       OSError: where the disk has no room, or the save before this one failed in the background.
     """
     self.wait()
-    if step in self.steps:
+    if step in self._agreed_steps():
       return
-    self.check_space(state)
+    distributed.on_first("checkpoint", lambda: self.check_space(state))
     flat = _flatten(state)
     fingerprints = fingerprints_of(flat)
     broken = [name for name, (_, finite) in fingerprints.items() if not finite]
@@ -111,10 +120,14 @@ class Checkpointer:
     pending, self._pending = self._pending, None
     if pending is None:
       return
+    error = ""
     try:
       pending.result()
     except Exception as e:
-      raise OSError(f"checkpoint: saving failed ({_one_line(e)}); last checkpoint: {self._last()}") from e
+      error = _one_line(e)
+    error = next(filter(None, distributed.exchange("saving", error)), "")  # of any process
+    if error:
+      raise OSError(f"checkpoint: saving failed ({error}); last checkpoint: {self._last()}")
 
   def close(self) -> None:
     """Waits for the last save and releases the directory."""
@@ -122,7 +135,8 @@ class Checkpointer:
       self.wait()
     finally:
       self._manager.close()
-      os.close(self._lock)
+      if self._lock is not None:
+        os.close(self._lock)
 
   def restore_latest(self, template: State) -> tuple[State, dict[str, Any]] | None:
     """The newest checkpoint whose arrays are all as they were saved.
@@ -138,13 +152,21 @@ class Checkpointer:
     Raises:
       ValueError: for a checkpoint of another model, or where every checkpoint is damaged.
     """
-    for step in reversed(self.steps):
+    try:
+      self.wait()
+    except OSError as e:
+      logging.error("%s", e)
+    for step in reversed(self._agreed_steps()):
+      broken = ""
       try:
         flat, meta = self._restore(step, _flatten(template))
       except _AnotherModelError as e:
         raise ValueError(str(e)) from None
       except Exception as e:  # Orbax raises many kinds for damaged files
-        logging.warning("checkpoint: step %d in %s is damaged (%s)", step, self._directory, _one_line(e))
+        broken = _one_line(e)
+      broken = next(filter(None, distributed.exchange("restoring", broken)), "")  # of any process
+      if broken:
+        logging.warning("checkpoint: step %d in %s is damaged (%s)", step, self._directory, broken)
         self._damaged.add(step)
         continue
       logging.info("checkpoint: restored step %d from %s", step, self._directory)
@@ -169,23 +191,12 @@ class Checkpointer:
       raise ValueError(f"{changed[0]} and {len(changed) - 1} other arrays are not what was saved")
     return flat, stored.custom_metadata["meta"]
 
+  def _agreed_steps(self) -> list[int]:
+    """`steps` as process 0 sees them: the others may read the directory a moment before it is renamed."""
+    return json.loads(distributed.exchange("steps on disk", json.dumps(self.steps))[0])
+
   def _last(self) -> str:
     return "none" if self.latest is None else f"step {self.latest}"
-
-
-def _lock(directory: str, workdir: str) -> int:
-  """Takes the directory for this process until the returned descriptor is closed, or the process ends in any way."""
-  descriptor = os.open(directory, os.O_RDONLY)
-  try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    os.close(descriptor)
-    raise ValueError(
-      f"workdir: another process is training in {workdir}; wait for it, stop it, or choose another --workdir"
-    ) from None
-  except OSError:
-    pass  # some network disks know no locks
-  return descriptor
 
 
 def check_space(directory: str | os.PathLike, state: State, last: str = "") -> None:
@@ -253,9 +264,14 @@ def _flatten(state: State) -> dict[str, jax.Array]:
     if not hasattr(leaf, "sharding"):
       leaf = jnp.asarray(leaf)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-      leaf = jax.random.key_data(leaf) if isinstance(leaf, jax.Array) else jax.eval_shape(jax.random.key_data, leaf)
+      leaf = jax.random.key_data(leaf) if isinstance(leaf, jax.Array) else _key_data_shape(leaf)
     flat[jax.tree_util.keystr(path, simple=True, separator="/")] = leaf
   return flat
+
+
+def _key_data_shape(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+  data = jax.eval_shape(jax.random.key_data, leaf)
+  return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
 
 
 def _unflatten(template: State, flat: Mapping[str, jax.Array]) -> State:
@@ -266,25 +282,6 @@ def _unflatten(template: State, flat: Mapping[str, jax.Array]) -> State:
     return array
 
   return jax.tree_util.tree_map_with_path(leaf, template)
-
-
-def fingerprints_of(flat: Mapping[str, jax.Array]) -> dict[str, tuple[int, bool]]:
-  """Per array: a 32-bit number that changes with any bit, equal on any mesh; and whether all values are finite."""
-  results = jax.device_get({name: _fingerprint(x) for name, x in flat.items()})
-  return {name: (int(value), bool(finite)) for name, (value, finite) in results.items()}
-
-
-@jax.jit
-def _fingerprint(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  finite = jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.floating) else jnp.array(True)
-  if x.dtype == jnp.bool_:
-    x = x.astype(jnp.uint8)
-  words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
-  for axis in range(words.ndim):  # positions count too
-    words = words + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(0x9E3779B1 + 2 * axis)
-  mixed = (words ^ (words >> 16)) * jnp.uint32(0x85EBCA6B)  # one-to-one, so one changed value always shows in the sum
-  mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
-  return jnp.sum(mixed, dtype=jnp.uint32), finite
 
 
 def _one_line(e: BaseException) -> str:

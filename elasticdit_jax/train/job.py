@@ -18,6 +18,7 @@ from elasticdit_jax.evals import validation as validation_lib
 from elasticdit_jax.interop import model_dir, weights
 from elasticdit_jax.models import dit
 from elasticdit_jax.models.codec import Codec
+from elasticdit_jax.train import sharding
 from elasticdit_jax.train.ranges import check_ranges
 from elasticdit_jax.train.step import FlowConfig
 from elasticdit_jax.types import Batch, Text
@@ -37,6 +38,7 @@ class Job:
     source, encoder: training data and the encoder of its captions.
     held_out: validation batches, always the same.
     captions: of the first held-out pictures, within the vocabulary.
+    layout: where arrays live.
   """
 
   config: Any
@@ -48,10 +50,12 @@ class Job:
   encoder: WordEncoder
   held_out: tuple[Batch, ...]
   captions: tuple[str, ...]
+  layout: sharding.Layout = dataclasses.field(default_factory=sharding.one_device)
 
   def batches(self, start: int) -> Iterator[Batch]:
-    """Training batches from step `start` on."""
+    """This process's share of the training batches from step `start` on."""
     data = self.config.data
+    index, count = self.layout.share()
     return pipeline.make_batches(
       self.source,
       self.encoder,
@@ -59,16 +63,17 @@ class Job:
       seed=self.config.seed,
       start_step=start,
       caption_dropout=data.caption_dropout,
-      host_index=jax.process_index(),
-      host_count=jax.process_count(),
+      host_index=index,
+      host_count=count,
     )
 
   def validation(self) -> validation_lib.Validation:
-    """The held-out batches as one, encoded by every codec."""
+    """The held-out batches as one, encoded by every codec; over all devices, so that all processes take part."""
     image = np.concatenate([b.image for b in self.held_out])
     text = jax.tree.map(lambda *parts: np.concatenate(parts), *[b.text for b in self.held_out])
     bad = np.concatenate([b.bad for b in self.held_out])
-    return validation_lib.make_validation(self.cfg, self.codecs, Batch(image, Text(text.embedding, text.mask), bad))
+    batch = self.layout.spread(Batch(image, Text(text.embedding, text.mask), bad))
+    return validation_lib.make_validation(self.cfg, self.layout.replicate(dict(self.codecs)), batch)
 
   def model(self, params: Any, routes: Mapping[str, Route], provenance: Mapping[str, str]) -> model_dir.Model:
     """The weights with everything that generation needs."""
@@ -92,8 +97,6 @@ def prepare(config: Any, workdir: str) -> Job:
   Raises:
     ValueError: naming the field of the config that does not fit.
   """
-  if jax.process_count() > 1:
-    raise ValueError(f"this version trains in one process, here are {jax.process_count()}; start it on one host alone")
   check_ranges(config)
   if config.model.size not in dit.SIZES:
     raise ValueError(f"config.model.size: expected one of {', '.join(dit.SIZES)}, got {config.model.size!r}")
@@ -114,12 +117,14 @@ def prepare(config: Any, workdir: str) -> Job:
         f" {cfg.latent_channels}"
       )
   check_size(config.data.size, max(codecs) * cfg.patch)
+  layout = sharding.from_config(config)
+  layout.check_batch(config.data.batch_size, config.train.get("accumulate", 1))
   source, held_out, encoder = pipeline.source_from_config(config.data)
   batches = pipeline.validation_batch(held_out, encoder, config.data.batch_size, config.train.validation_batches)
   first = held_out.read(np.arange(config.report.pictures))[1]
   captions = tuple(encoder.clip(caption) for caption in first)
   flow = FlowConfig(config.flow.mean, config.flow.std, config.flow.shift, config.flow.tokens)
-  return Job(config, workdir, cfg, flow, codecs, source, encoder, tuple(batches), captions)
+  return Job(config, workdir, cfg, flow, codecs, source, encoder, tuple(batches), captions, layout)
 
 
 def check_size(size: int, multiple: int) -> None:

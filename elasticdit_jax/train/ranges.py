@@ -37,6 +37,10 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
   "train.save_every": (_at_least(1), "at least 1 step"),
   "train.keep": (_at_least(1), "at least 1 checkpoint"),
   "train.validation_batches": (_at_least(1), "at least 1 batch"),
+  "train.accumulate": (_at_least(1), "at least 1 part of a batch"),
+  "guard.rollbacks": (_at_least(0), "a number of times, or 0 to stop at once"),
+  "guard.spike": (lambda x: x == 0 or 1 < x < math.inf, "a factor above 1, or 0 for no guard against spikes"),
+  "guard.hang_seconds": (_at_least(0), "seconds, or 0 for never"),
 }
 
 

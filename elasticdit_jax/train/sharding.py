@@ -156,29 +156,29 @@ class Layout:
   def share(self) -> tuple[int, int]:
     """(index, count): this process reads part `index` of `count` equal parts of every batch.
 
-    Processes that hold the same rows, because `tensor` spans them, have the same index.
+    Processes that hold the same rows, because `tensor` spans them, have the same index. Where rows overlap in part,
+    all of them read everything.
     """
     held: dict[int, set[int]] = {}
     for shard, devices in enumerate(self.mesh.devices.reshape(self.batch_shards, -1)):
       for device in devices:
         held.setdefault(device.process_index, set()).add(shard)
     parts = sorted({tuple(sorted(shards)) for shards in held.values()})
-    if len({shard for part in parts for shard in part}) != sum(map(len, parts)) or len(set(map(len, parts))) > 1:
-      raise ValueError(
-        "config.mesh: some processes would share a part of their rows of a batch only; choose tensor and fsdp that"
-        f" divide the {jax.local_device_count()} devices of a process, or are multiples of it"
-      )
+    if sum(map(len, parts)) > self.batch_shards or len(set(map(len, parts))) > 1:
+      return 0, 1
     return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
   def put_batch(self, batch: Any) -> Any:
     """This process's share of a batch (see `share`), as parts of the global one."""
     if self.single:
       return batch
-    sharding, count = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES)), self.share()[1]
+    count = self.share()[1]
+    if count == 1:
+      return self.spread(batch)
+    sharding = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
 
     def put(x: Any) -> jax.Array:
-      shape = (count * len(x), *x.shape[1:])
-      return jax.make_array_from_process_local_data(sharding, np.asarray(x), shape)
+      return jax.make_array_from_process_local_data(sharding, np.asarray(x), (count * len(x), *x.shape[1:]))
 
     return jax.tree.map(put, batch)
 
@@ -198,7 +198,7 @@ class Layout:
 
 
 def from_config(config: Any) -> Layout:
-  """The layout of config.mesh (fields fsdp and tensor; all else goes to data) over all devices; one without the section.
+  """The layout of config.mesh (fields fsdp and tensor; data takes the rest) over all devices; without it, of one.
 
   Raises:
     ValueError: where they do not divide the devices.

@@ -20,11 +20,13 @@ from elasticdit_jax.evals import pictures, profile, report, scene_eval
 from elasticdit_jax.evals.validation import Validation
 from elasticdit_jax.generate import Pipeline
 from elasticdit_jax.interop import model_dir
+from elasticdit_jax.train import distributed
 from elasticdit_jax.train.importance import Importance
 from elasticdit_jax.train.job import Job
 from elasticdit_jax.train.writer import Writer
 
 _PICTURE_SEED = 1
+_PATIENCE_SECONDS = 6 * 3600.0  # other processes wait while the first one draws
 
 
 class Snapshots:
@@ -44,10 +46,9 @@ class Snapshots:
     routes: Mapping[str, Route],
     importance: Importance | None,
   ) -> None:
-    """Evaluates every route and writes both files."""
+    """Evaluates every route and writes both files; all processes must call it, process 0 draws and writes."""
     begin = time.perf_counter()
-    pipeline = Pipeline(self._job.model(params, routes, {}))
-    settings = self._job.config.report
+    pipeline = Pipeline(self._job.model(self._job.layout.local(params), routes, {}))
     if self._validation is None:
       self._validation = self._job.validation()
     found = {}
@@ -58,27 +59,34 @@ class Snapshots:
         "loss": float(by_time.mean()),
         "loss_by_time": by_time.tolist(),
       }
+    record = {"step": step, "label": label, "routes": found}
+    if importance is not None:
+      record["importance"] = dataclasses.asdict(importance)
+    distributed.on_first(f"snapshot {label}", lambda: self._draw_and_write(pipeline, record, begin), _PATIENCE_SECONDS)
+
+  def _draw_and_write(self, pipeline: Pipeline, record: dict[str, Any], begin: float) -> None:
+    settings, found = self._job.config.report, record["routes"]
     if self._scored and settings.per_task:
       scores = scene_eval.evaluate_routes(
         pipeline, tuple(found), per_task=settings.per_task, steps=settings.steps, guidance=settings.guidance
       )
       for name, score in scores.items():
         found[name]["score"] = score
-    record = {"step": step, "label": label, "routes": found}
-    if importance is not None:
-      record["importance"] = dataclasses.asdict(importance)
     drawn = self._draw(pipeline)
-    self._write(step, record, drawn)
-    self._show(step, label, found, drawn, time.perf_counter() - begin)
+    self._write(record["step"], record, drawn)
+    self._show(record["step"], record["label"], found, drawn, time.perf_counter() - begin)
 
   def report(self, step: int, model: model_dir.Model, title: str = "", notes: Sequence[str] = ()) -> None:
-    """Profiles the routes and writes report.json, report.md and the pictures from all snapshots.
+    """Profiles the routes and writes report.json, report.md and the pictures from all snapshots; on process 0.
 
     Args:
       step: the last one to tell of.
-      model: as it was saved.
+      model: as it was saved, on this process's device.
       title, notes: see evals.report.write.
     """
+    distributed.on_first("report", lambda: self._report(step, model, title, notes), _PATIENCE_SECONDS)
+
+  def _report(self, step: int, model: model_dir.Model, title: str, notes: Sequence[str]) -> None:
     records, drawn = [], {}
     for path in sorted(glob.glob(os.path.join(self._directory, "*.json"))):
       with open(path) as f:

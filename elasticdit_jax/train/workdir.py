@@ -1,11 +1,12 @@
 """A workdir belongs to one configuration: workdir/config.json says which."""
 
+import fcntl
 import json
 import os
 from collections.abc import Collection
 from typing import Any
 
-import jax
+from elasticdit_jax.train import distributed
 
 
 def check_workdir(workdir: str | os.PathLike, config: Any, neutral: Collection[str] = ()) -> None:
@@ -46,15 +47,52 @@ def check_workdir(workdir: str | os.PathLike, config: Any, neutral: Collection[s
 
 
 def claim_workdir(workdir: str | os.PathLike, config: Any, neutral: Collection[str] = ()) -> None:
-  """`check_workdir`, then creates the directory and writes config.json."""
+  """`check_workdir`, then creates the directory and writes config.json, on process 0.
+
+  Raises:
+    ValueError: see check_workdir; or where processes see different disks.
+  """
   check_workdir(workdir, config, neutral)
-  os.makedirs(workdir, exist_ok=True)
-  if jax.process_index() == 0:
-    path = os.path.join(workdir, "config.json")
-    with open(f"{path}.partial", "w") as f:
-      json.dump(_plain(config), f, indent=1)
-      f.write("\n")
-    os.replace(f"{path}.partial", path)
+  path = os.path.join(workdir, "config.json")
+  distributed.on_first("workdir", lambda: _write(path, _plain(config)))
+  absent = [i for i, seen in enumerate(distributed.exchange("workdir", str(os.path.exists(path)))) if seen == "False"]
+  if absent:
+    raise ValueError(
+      f"workdir: {os.fspath(workdir)} of process 0 is not there on process {absent[0]}; give a --workdir on a disk that"
+      " all hosts share"
+    )
+
+
+def lock(directory: str, workdir: str) -> int:
+  """Takes a directory for this process until the returned descriptor is closed, or the process ends in any way.
+
+  Raises:
+    ValueError: where another process has it.
+  """
+  descriptor = os.open(directory, os.O_RDONLY)
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    os.close(descriptor)
+    raise ValueError(
+      f"workdir: another process is training in {workdir}; wait for it, stop it, or choose another --workdir"
+    ) from None
+  except OSError:
+    pass  # some network disks know no locks
+  return descriptor
+
+
+def _write(path: str, values: Any) -> None:
+  os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+  with open(f"{path}.partial", "w") as f:
+    json.dump(values, f, indent=1)
+    f.write("\n")
+  os.replace(f"{path}.partial", path)
+
+
+def flat_fields(config: Any) -> dict[str, Any]:
+  """Dotted name -> value of every leaf of a config."""
+  return _leaves(_plain(config))
 
 
 def _plain(config: Any) -> Any:

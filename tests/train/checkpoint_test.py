@@ -103,16 +103,20 @@ class CheckpointTest(parameterized.TestCase):
     with open(path, "r+b") as f:
       if kind == "truncated":
         f.truncate(os.path.getsize(path) // 2)
+      elif kind == "zeroed":
+        f.write(bytes(os.path.getsize(path)))
       elif kind == "bit":
         f.seek(os.path.getsize(path) // 2)
         byte = f.read(1)
         f.seek(-1, os.SEEK_CUR)
         f.write(bytes([byte[0] ^ 4]))
+    if kind == "deleted":
+      os.remove(path)
     if kind == "empty directory":
       shutil.rmtree(f"{self.workdir}/checkpoints/{step}")
       os.makedirs(f"{self.workdir}/checkpoints/{step}")
 
-  @parameterized.parameters("truncated", "bit", "empty directory")
+  @parameterized.parameters("truncated", "zeroed", "deleted", "bit", "empty directory")
   def test_a_damaged_step_is_passed_over_kept_and_replaced_by_a_new_save(self, kind):
     self._save(10, 20, keep=1, keep_steps=(10,))
     self._damage(kind, 20)

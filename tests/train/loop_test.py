@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from elasticdit_jax.train import checkpoint, loop, writer
+from elasticdit_jax.train import checkpoint, guard, loop, throughput, writer
 
 _STOP = 12
 
@@ -188,14 +188,74 @@ class LoopTest(parameterized.TestCase):
       start_or_resume(self.workdir, step)
     self.assertEqual(self._steps(), [5])
 
+  def _poisoned(self, state, batch, number):
+    """A step that batch 8 turns into NaN, and all after it."""
+    state, metrics = step_fn(state, batch + jnp.where(batch == 8, jnp.nan, 0), number)
+    return state, metrics
+
+  def test_a_rollback_goes_back_to_the_last_checkpoint_and_passes_over_the_batches_since(self):
+    told = []
+    settings = _settings(guard=guard.Guard(rollbacks=1), restored=told.append)
+    with self.assertLogs(level="WARNING") as logs:
+      start_or_resume(self.workdir, self._poisoned, settings)
+    self.assertIn("loss is nan at step 9; ", logs.output[0])
+    self.assertIn("back to step 5, passing over batches 5 to 8", logs.output[0])
+    want = _initial()
+    for batch in [*range(5), *range(9, 16)]:
+      want, _ = _train(want, jnp.full(4, float(batch)))
+    with checkpoint.Checkpointer(self.workdir) as saver:
+      state, meta = saver.restore_latest(_initial())
+    self.assertEqual(_bytes(state), _bytes(want))
+    self.assertEqual((meta["data_step"], meta["skipped"]), (16, 4))
+    self.assertEqual([m["data_step"] for m in told], [5])
+    # Another start goes on from there with the data of there.
+    settings = _settings(stop=14)
+    with checkpoint.Checkpointer(self.workdir) as saver:
+      state = loop.run(state, make_batches, step_fn, settings, start=12, skipped=meta["skipped"], checkpoint=saver)
+    for batch in (16, 17):
+      want, _ = _train(want, jnp.full(4, float(batch)))
+    self.assertEqual(_bytes(state), _bytes(want))
+
+  def test_rollbacks_end(self):
+    def always(state, batch, number):
+      state, metrics = step_fn(state, batch, number)
+      return state, metrics | {"loss": jnp.where(number >= 7, jnp.inf, metrics["loss"])}
+
+    with self.assertRaisesRegex(FloatingPointError, "loss is inf at step 8; the last checkpoint is of step 5"):
+      start_or_resume(self.workdir, always, _settings(guard=guard.Guard(rollbacks=2)))
+    with tempfile.TemporaryDirectory() as other, self.assertRaisesRegex(FloatingPointError, "is of step None"):
+      start_or_resume(other, always, _settings(guard=guard.Guard(rollbacks=2), save_every=100))
+
+  def test_updates_left_out_belong_to_no_mean_and_too_many_end_the_run(self):
+    def step(state, batch, number):
+      left_out = 4 <= number < 8
+      return state, {"loss": np.nan if left_out else 2.0, "skipped": float(left_out)}
+
+    events = mock.Mock()
+    with self.assertLogs(level="WARNING") as logs:
+      loop.run(_initial(), make_batches, step, _settings(log_every=6), writer=events)
+    self.assertIn("update 5 is left out, loss nan", logs.output[0])
+    (_, values), _ = events.scalars.call_args_list[0]
+    self.assertEqual(values["loss"], 2.0)
+    self.assertAlmostEqual(values["skipped"], 2 / 6)
+    with self.assertRaisesRegex(FloatingPointError, "3 updates in a row are left out, loss nan, at step 7"):
+      loop.run(_initial(), make_batches, step, _settings(guard=guard.Guard(most_skipped=3)))
+
+  def test_flops_are_asked_for_where_the_peak_is_known(self):
+    with mock.patch.object(throughput, "peak_flops", return_value=1e3), self.assertLogs(level="INFO") as logs:
+      loop.run(_initial(), make_batches, step_fn, _settings(flops=lambda n: 1.0))
+    self.assertRegex("".join(logs.output), r"s/step MFU [\d.]+% data")
+    with mock.patch.object(throughput, "peak_flops", return_value=None):
+      loop.run(_initial(), make_batches, step_fn, _settings(flops=self.fail))
+
   def test_log_lines_hold_means_rates_and_the_last_checkpoint(self):
     with self.assertLogs(level="INFO") as logs:
       start_or_resume(self.workdir, settings=_settings(phase=lambda s: "a" if s < 8 else "b"))
     lines = [r.getMessage() for r in logs.records if "img/s" in r.getMessage()]
     self.assertLen(lines, 3)
-    pattern = r"(a|b) \d+/12 loss [\d.e+]+ \| [\d.]+ img/s [\d.e-]+ s/step data \d+% ETA \d+:\d\d ckpt (-|\d+)"
+    speed = r"[\d.]+ img/s [\d.e-]+ s/step data \d+% mem [\d.]+ GB ETA \d+:\d\d ckpt (-|\d+)"
     for line in lines:
-      self.assertRegex(line, f"^{pattern}$")
+      self.assertRegex(line, rf"^(a|b) \d+/12 loss [\d.e+]+ \| {speed}$")
     self.assertEqual([re.sub(" loss.*", "", line) for line in lines], ["a 4/12", "a 8/12", "b 12/12"])
     self.assertEndsWith(lines[0], "ckpt -")
     self.assertEndsWith(lines[1], "ckpt 5")

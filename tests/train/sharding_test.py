@@ -107,12 +107,17 @@ class ShardingTest(parameterized.TestCase):
     ({"fsdp": 2}, [(0, 2), (1, 2)]),
     ({"tensor": 8}, [(0, 1), (0, 1)]),
     ({"tensor": 4}, [(0, 2), (1, 2)]),
+    ({"slices": 2, "tensor": 2}, [(0, 2), (1, 2)]),
   )
   def test_processes_that_hold_the_same_rows_read_the_same(self, axes, expected):
     layout = _layout(8, processes=2, **axes)
     for index, want in enumerate(expected):
       with mock.patch.object(jax, "process_index", return_value=index):
         self.assertEqual(layout.share(), want)
+
+  def test_processes_whose_rows_overlap_read_everything(self):
+    layout = sharding.make([_Device(i, process_index=i // 3) for i in range(6)], tensor=2)
+    self.assertEqual(layout.share(), (0, 1))
 
   def test_one_device_changes_nothing(self):
     layout = sharding.one_device()
