@@ -6,6 +6,24 @@
 These two commands made the VAEs inside the package; each takes 14 minutes on one CPU core, and they may run side by
 side. PSNR to expect on new scenes: 40 dB (f8), 38 dB (f16); the detector reads every picture as before. The result
 is WORKDIR/vae_f8.safetensors or vae_f16.safetensors.
+
+In two stages, from a teacher (ElasticDiT section 2.3.2): first the encoder learns the teacher's latents, then, with
+the encoder frozen, the decoder learns to reconstruct with L2, a perceptual distance and PatchGAN.
+
+    python -m elasticdit_jax.main --config=configs/vae.py:stages=two --workdir=runs/vae-student
+    ... --config.teacher=DIR     a model directory, a workdir or a folder of diffusers; default: the VAEs in the package
+    ... --config=configs/vae.py:stages=two,factor=16     targets are f8 latents averaged 2x2
+    ... --config.stage1.target=reconstruction            no teacher: an autoencoder first, then its decoder alone
+    ... --config.perceptual.kind=lpips --config.perceptual.weights=FILE     with your VGG16 weights as safetensors
+
+Pictures of your own need no captions: --config.data.source=folder --config.data.path=DIR.
+
+A teacher that is no T-DVAE, an AutoencoderKL in the layout of FLUX.1's, trained from nothing, for students of it:
+
+    python -m elasticdit_jax.main --config=configs/vae.py:teacher --workdir=runs/vae-teacher
+    ... --config=configs/vae.py:stages=two --config.teacher=runs/vae-teacher --workdir=runs/vae-of-kl
+
+    :debug     every mode, 64 px and a few steps, under 90 s with compilation
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +32,11 @@ from elasticdit_jax.configs import common
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  args = common.parse_arg(arg, factor=8, debug=False)
+  args = common.parse_arg(arg, factor=8, stages="one", teacher=False, debug=False)
+  if args.stages not in ("one", "two"):
+    raise ValueError(f"argument 'stages={args.stages}' after the colon: expected stages=one or stages=two")
+  if args.teacher and (args.stages, args.factor) != ("one", 8):
+    raise ValueError("argument 'teacher' after the colon: a teacher is f8 and trains in one stage; give it alone")
   config = ConfigDict()
   config.task = "vae"
   config.seed = 0
@@ -23,9 +45,45 @@ def get_config(arg: str = "") -> ConfigDict:
   config.data = common.scenes_data(
     seed=7, size=64 if args.debug else 128, batch_size=4 if args.debug else 8, split="any"
   )
-  config.loss = ConfigDict({"l1": 0.1, "noise": 0.02, "energy": 0.025})
+  config.data.caption_field = ""
   config.optimizer = common.adamw(learning_rate=2e-3, warmup_steps=100, decay_fraction=0.5, weight_decay=1e-4)
-  config.train = ConfigDict(
-    {"steps": 20 if args.debug else 2500, "ema_decay": 0.995, "log_every": 100, "save_every": 1000}
-  )
+  config.train = ConfigDict({"ema_decay": 0.995, "log_every": 100, "save_every": 1000})
+  if args.stages == "two":
+    _two_stages(config, args.factor, args.debug)
+  else:
+    config.loss = ConfigDict({"l1": 0.1, "noise": 0.02, "energy": 0.025})
+    config.train.steps = 20 if args.debug else 2500
+  if args.teacher:
+    config.model = "teacher"
+    config.data.size = 64
   return config.lock()
+
+
+def _two_stages(config: ConfigDict, factor: int, debug: bool) -> None:
+  config.teacher = "shipped"
+  config.model = "nano"
+  config.branches = False
+  config.stage1 = ConfigDict(
+    {
+      "steps": 10 if debug else 1000,
+      "target": "average" if factor == 16 else "teacher",
+      # Without a teacher only, as in the loss of the single stage.
+      "l1": 0.1,
+      "noise": 0.02,
+      "energy": 0.025,
+    }
+  )
+  config.stage2 = ConfigDict(
+    {
+      "steps": 10 if debug else 1500,
+      "l2": 1.0,
+      "l1": 0.1,
+      "perceptual": 0.1,
+      "gan": 0.1,
+      "gan_start": 5 if debug else 1000,
+      # Standard deviation on normalised latents: what a sampler draws is not exact either.
+      "noise": 0.1,
+    }
+  )
+  config.perceptual = ConfigDict({"kind": "wavelet", "weights": ""})
+  config.critic = ConfigDict({"width": 32, "layers": 2, "learning_rate": 2e-4, "b1": 0.5})

@@ -1,4 +1,4 @@
-"""Task `vae`: trains one T-DVAE as an autoencoder, from nothing.
+"""Task `vae`: trains a VAE as an autoencoder, from nothing; `train.vae_stages` distils a T-DVAE from a teacher.
 
     image --encoder--> z --(+ noise)--> decoder --> reconstruction        loss = L2 + l1 * L1 + energy * mean(z^2)
 
@@ -8,34 +8,25 @@ a component of the image above the noise. Latents come out with energies that sa
 The result is WORKDIR/vae_f8.safetensors or vae_f16.safetensors, with the latent statistics in its metadata.
 """
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from absl import logging
 
 from elasticdit_jax.data import pipeline
-from elasticdit_jax.interop import model_dir
 from elasticdit_jax.models import codec as codec_lib
-from elasticdit_jax.models import tdvae
-from elasticdit_jax.train import loop, optim, state
+from elasticdit_jax.train import loop, optim, state, vae_report, vae_stages
 from elasticdit_jax.train.checkpoint import Checkpointer, check_space
 from elasticdit_jax.train.ranges import check_ranges
 from elasticdit_jax.train.workdir import check_workdir, claim_workdir
 from elasticdit_jax.train.writer import Writer
 from elasticdit_jax.types import Batch, to_float
 
-# May differ between two starts of one run.
-NEUTRAL = ("train.log_every", "train.save_every", "data.max_bad_fraction")
-_STATISTICS_BATCHES = 16
-
 
 def make_step(
-  cfg: tdvae.VAEConfig, tx: optax.GradientTransformation, loss: Any, ema_decay: float
+  cfg: codec_lib.Config, tx: optax.GradientTransformation, loss: Any, ema_decay: float
 ) -> Callable[..., tuple[state.TrainState, dict[str, jax.Array]]]:
   """The jitted update (state, batch) -> (state, metrics); the state is donated.
 
@@ -45,7 +36,7 @@ def make_step(
     loss: object with `l1`, `noise` (standard deviation added to the latents) and `energy` (weight of mean(z^2)).
     ema_decay: of the exported weights.
   """
-  vae = tdvae.TDVAE(cfg)
+  vae = codec_lib.network(cfg)
 
   def loss_fn(params, image, key):
     z = vae.apply({"params": params}, image, method="encode")
@@ -67,37 +58,21 @@ def make_step(
   return jax.jit(update, donate_argnums=0)
 
 
-def make_codec(cfg: tdvae.VAEConfig, params: Any, batches: list[Batch]) -> codec_lib.Codec:
-  """A codec whose latent statistics are measured on these batches."""
-  encode = jax.jit(lambda p, x: tdvae.TDVAE(cfg).apply({"params": p}, to_float(x), method="encode"))
-  latents = jnp.concatenate([encode(params, batch.image) for batch in batches])
-  return codec_lib.Codec(cfg, params, *codec_lib.fit_statistics(latents))
-
-
-def reconstruct(codec: codec_lib.Codec, image: np.ndarray) -> np.ndarray:
-  """uint8 [B, H, W, 3] through the codec and back, uint8."""
-  return np.asarray(_round_trip(codec, image))
-
-
-@jax.jit
-def _round_trip(codec: codec_lib.Codec, image: jax.Array) -> jax.Array:
-  return codec_lib.to_uint8(codec.decode(codec.encode(to_float(image)), image.shape[1:3]))
-
-
 def run(config: Any, workdir: str) -> None:
   """Trains (or resumes) in `workdir` and writes the weight file.
 
   Raises:
     ValueError: for a config or a workdir that does not fit; nothing has been written then.
   """
-  check_workdir(workdir, config, NEUTRAL)
+  if "stage1" in config:
+    vae_stages.run(config, workdir)
+    return
+  check_workdir(workdir, config, vae_report.NEUTRAL)
   check_ranges(config)
-  cfg = tdvae.NANO.get(config.factor)
-  if cfg is None:
-    raise ValueError(f"config.factor: expected 8 or 16, got {config.factor}")
+  cfg = vae_report.shape(config)
   source, validation, encoder = pipeline.source_from_config(config.data)
-  tx = optim.make(config.optimizer, tdvae.init_shapes(cfg), optim.schedule(config.optimizer, config.train.steps))
-  current = state.create(tdvae.init(cfg, jax.random.key(config.seed)), tx, config.seed)
+  tx = optim.make(config.optimizer, codec_lib.init_shapes(cfg), optim.schedule(config.optimizer, config.train.steps))
+  current = state.create(vae_report.init(cfg, jax.random.key(config.seed)), tx, config.seed)
   step = make_step(cfg, tx, config.loss, config.train.ema_decay)
   settings = loop.Settings(
     stop=config.train.steps,
@@ -108,7 +83,7 @@ def run(config: Any, workdir: str) -> None:
     phase=lambda _: f"vae f{config.factor}",
   )
   check_space(workdir, current)
-  claim_workdir(workdir, config, NEUTRAL)
+  claim_workdir(workdir, config, vae_report.NEUTRAL)
   with Checkpointer(workdir) as checkpoint:
     restored = checkpoint.restore_latest(current)
     start = 0
@@ -126,20 +101,6 @@ def run(config: Any, workdir: str) -> None:
         checkpoint=checkpoint,
         writer=writer,
       )
-      batches = pipeline.validation_batch(validation, encoder, config.data.batch_size, _STATISTICS_BATCHES)
-      codec = make_codec(cfg, current.ema, batches)
-      _report(workdir, codec, batches, writer, config.train.steps)
-
-
-def _report(workdir: str, codec: codec_lib.Codec, batches: list[Batch], writer: Writer, step: int) -> None:
-  model_dir.save_codecs(workdir, {codec.factor: codec})
-  images = np.concatenate([b.image for b in batches])
-  back = np.concatenate([reconstruct(codec, b.image) for b in batches])
-  mse = np.square((images.astype(np.float64) - back) / 255.0).mean((1, 2, 3))
-  psnr = float(np.mean(-10 * np.log10(mse)))
-  pairs = np.concatenate([np.concatenate(list(images[:8]), 1), np.concatenate(list(back[:8]), 1)])
-  writer.scalars(step, {"validation/psnr": psnr})
-  writer.image(step, "validation/pairs", pairs)
-  logging.info(
-    "vae f%d: validation PSNR %.2f dB; wrote %s", codec.factor, psnr, os.path.join(workdir, "vae_*.safetensors")
-  )
+      batches = pipeline.validation_batch(validation, encoder, config.data.batch_size, vae_report.STATISTICS_BATCHES)
+      codec = vae_report.make_codec(cfg, current.ema, batches)
+      vae_report.write(workdir, codec, batches, writer, config.train.steps)

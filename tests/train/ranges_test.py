@@ -5,7 +5,13 @@ from absl.testing import absltest, parameterized
 from configs import pretrain, uwco, vae
 from elasticdit_jax.train import ranges
 
-_CONFIGS = (uwco.get_config(), uwco.get_config("paper"), pretrain.get_config(), vae.get_config())
+_CONFIGS = (
+  uwco.get_config(),
+  uwco.get_config("paper"),
+  pretrain.get_config(),
+  vae.get_config(),
+  vae.get_config("stages=two"),
+)
 
 
 def _changed(config, field, value):

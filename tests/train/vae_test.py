@@ -11,8 +11,9 @@ from absl.testing import absltest, parameterized
 from configs import vae as vae_config
 from elasticdit_jax.data import scenes
 from elasticdit_jax.interop import model_dir
-from elasticdit_jax.models import tdvae
-from elasticdit_jax.train import vae
+from elasticdit_jax.models import codec, tdvae
+from elasticdit_jax.train import optim, state, vae, vae_report
+from tests.evals import tiny_model
 from tests.train import small
 
 _SMALL = {8: dataclasses.replace(tdvae.NANO[8], widths=(4, 4, 8), encoder_blocks=(0, 0, 0), decoder_blocks=(0, 0, 0))}
@@ -44,9 +45,9 @@ class VaeTest(parameterized.TestCase):
   def test_leaves_a_codec_whose_latents_are_normal_and_goes_on_where_it_stopped(self):
     small.reuse_programs(self)
     vae.run(self._config(), str(self.workdir))
-    codec = model_dir.load_codecs(self.workdir)[8]
+    made = model_dir.load_codecs(self.workdir)[8]
     image = scenes.render(np.arange(8), seed=3, size=32).image.astype(np.float32) / 127.5 - 1
-    latents = np.asarray(codec.encode(image))
+    latents = np.asarray(made.encode(image))
     self.assertEqual(latents.shape, (8, 4, 4, 16))
     self.assertBetween(float(np.sqrt(np.mean(latents**2))), 0.7, 1.4)
     self.assertNotEmpty(list(self.workdir.glob("events.out.tfevents*")))
@@ -57,7 +58,22 @@ class VaeTest(parameterized.TestCase):
     with mock.patch.object(vae.loop.jax, "block_until_ready", side_effect=AssertionError("a step was taken")):
       vae.run(self._config(), str(self.workdir))
     again = model_dir.load_codecs(self.workdir)[8]
-    small.same(self, codec.params, again.params)
+    small.same(self, made.params, again.params)
+
+  def test_the_teacher_is_an_autoencoder_of_another_kind(self):
+    config = vae_config.get_config("teacher")
+    cfg = vae_report.shape(config)
+    tx = optim.make(config.optimizer, codec.init_shapes(cfg), 1e-3)
+    current = jax.eval_shape(lambda key: state.create(vae_report.init(cfg, key), tx, 0), jax.random.key(0))
+    step = vae.make_step(cfg, tx, config.loss, 0.9)
+    after, metrics = jax.eval_shape(step, current, small.batch(tiny_model.make(()).cfg, 2, 32))
+    self.assertEqual(jax.tree.structure(after), jax.tree.structure(current))
+    self.assertIn("psnr", metrics)
+    self.assertEqual(cfg.factor, 8)
+    with self.assertRaisesRegex(ValueError, "a student is a T-DVAE, got 'teacher'"):
+      student = vae_config.get_config("stages=two").unlock()
+      student.model = "teacher"
+      vae.run(student.lock(), str(self.workdir))
 
   @parameterized.parameters(
     ("factor", 9, "config.factor: expected 8 or 16, got 9"),
