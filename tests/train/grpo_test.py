@@ -1,0 +1,186 @@
+"""The whole task on a few thousand parameters: files, a run that dies between epochs, early stop, bad input."""
+
+import json
+from unittest import mock
+
+import jax
+import numpy as np
+from absl.testing import absltest
+
+from configs import grpo as grpo_config
+from elasticdit_jax.generate import Pipeline
+from elasticdit_jax.interop import model_dir, weights
+from elasticdit_jax.train import aligned, grpo, policy, rewards, watch
+from tests.evals import tiny_model
+from tests.train import small
+
+
+def setUpModule():
+  jax.config.update("jax_disable_most_optimizations", True)  # compilation is most of the time here
+
+
+def tearDownModule():
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+class _KilledError(Exception):
+  pass
+
+
+def _dies_at(number):
+  """Raises before epoch `number` is complete, after its rollout."""
+  original = grpo.Run._updates
+
+  def dying(self, state, drawing, drawn, n):
+    if n == number:
+      raise _KilledError
+    return original(self, state, drawing, drawn, n)
+
+  return mock.patch.object(grpo.Run, "_updates", dying)
+
+
+class GrpoTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.workdir = small.new_workdir(self)
+    init = self.workdir.parent / "given"
+    model_dir.save(init, tiny_model.make((16,)))
+    config = grpo_config.get_config("debug,fast").unlock()
+    config.init = str(init)
+    config.data.size = 0  # the model's
+    # Random weights draw no shapes; the size of a file differs between any two pictures.
+    config.rewards.weights = "jpeg_size=1"
+    config.rollout.update({"routes": "max-f16+lite-f16", "prompts": 2, "group": 2, "steps": 3, "window": 2, "batch": 4})
+    config.objective.updates = 2
+    config.optimizer.learning_rate = 1e-3
+    config.train.update({"epochs": 4, "save_every": 1})
+    config.watch.update({"every": 2, "prompts": 1, "pictures": 2, "loss": 10.0})
+    config.report.update({"per_task": 0, "steps": 1, "pictures": 1})
+    self.config = config.lock()
+    small.reuse_programs(self)
+
+  def _model(self, workdir, name="model"):
+    return weights.load_tree(workdir / name / "dit.safetensors")
+
+  def _changed(self, **sections):
+    config = self.config.copy_and_resolve_references().unlock()
+    for section, values in sections.items():
+      config[section].update(values)
+    return config.lock()
+
+  def test_run_that_dies_inside_an_epoch_ends_like_one_that_does_not(self):
+    other = self.workdir.parent / "other"
+    grpo.run(self.config, str(self.workdir))
+    with _dies_at(3), self.assertRaises(_KilledError):
+      grpo.run(self.config, str(other))
+    self.assertFalse((other / "model").exists())
+    grpo.run(self.config, str(other))
+    small.same(self, self._model(self.workdir), self._model(other))
+    records, again = (json.loads((w / "watch.json").read_text()) for w in (self.workdir, other))
+    self.assertEqual(records, again)
+    self._check_files(records)
+
+  def _check_files(self, records):
+    self.assertEqual([record["step"] for record in records], [0, 2, 4])
+    self.assertIsNone(records[0]["training_reward"])
+    self.assertLess(records[2]["training_reward"], 0)
+    self.assertCountEqual(records[2]["routes"], ["max-f16", "lite-f16"])
+    steps = sorted(json.loads(p.read_text())["step"] for p in (self.workdir / "snapshots").glob("*.json"))
+    self.assertEqual(steps, [0, 4])
+    report = json.loads((self.workdir / "report.json").read_text())
+    self.assertLen(report["snapshots"], 2)
+    self.assertIn("held-out flow-matching loss", (self.workdir / "report.md").read_text())
+    self.assertTrue((self.workdir / "images" / "routes.png").is_file())
+    self.assertNotEmpty(list(self.workdir.glob("events.out.tfevents*")))
+    drawn = Pipeline.load(self.workdir)("a red circle", "lite-f16", steps=1)
+    self.assertEqual(drawn.shape, (1, 64, 64, 3))
+
+  def test_adapters_and_the_forward_process(self):
+    changes = {
+      "lora": {"rank": 2, "alpha": 4.0},
+      "objective": {"name": "nft", "kl": 1e-4, "divergence": "v"},
+      "rollout": {"noise": "ode", "guidance": 2.0, "routes": "lite-f16"},
+      "train": {"epochs": 2},
+    }
+    with mock.patch.object(grpo, "Snapshots"):
+      grpo.run(self._changed(**changes), str(self.workdir))
+    given, after = self._model(self.workdir.parent, "given"), self._model(self.workdir)
+    small.same(self, given["modulation"], after["modulation"])
+
+  def test_watch_ends_the_run_and_keeps_the_best(self):
+    def judge(records, limits):
+      del limits
+      return watch.Verdict(0, "it is a test" if len(records) == 2 else "")
+
+    with mock.patch.object(watch, "judge", judge), mock.patch.object(grpo, "Snapshots") as snapshots:
+      with self.assertLogs(level="WARNING") as logs:
+        grpo.run(self.config, str(self.workdir))
+    self.assertIn("stopped at epoch 2: it is a test", "\n".join(logs.output))
+    small.same(self, self._model(self.workdir), self._model(self.workdir.parent, "given"))
+    notes = snapshots.return_value.report.call_args.kwargs["notes"]
+    self.assertEqual(notes[-1], "Stopped at epoch 2: it is a test.")
+
+  def test_nothing_to_compare_is_explained(self):
+    def blank(images, prompts, metadata):
+      del prompts, metadata
+      return {"jpeg_size": np.ones(len(images))}
+
+    with mock.patch.object(grpo, "_SILENT_EPOCHS", 2), mock.patch.dict(rewards.LOCAL, {("jpeg_size",): blank}):
+      with self.assertRaisesRegex(ValueError, "in 2 epochs no prompt had two pictures with different rewards"):
+        grpo.run(self.config, str(self.workdir))
+
+  def test_bad_input_is_answered_before_anything_is_written_or_drawn(self):
+    cases = {
+      "config.rollout.group: expected at least 2 pictures .* got 1": {"rollout": {"group": 1}},
+      "config.rollout.window: expected at most the 2 steps from first to last, got 3": {"rollout": {"window": 3}},
+      "config.rollout.last: expected a step up to 1; .* got 2": {"rollout": {"last": 2}},
+      "config.rollout.first: expected a step from 0 to 1, got 2": {"rollout": {"first": 2}},
+      "config.rollout.noise: expected one of sde, constant, cps, got 'ode'": {"rollout": {"noise": "ode"}},
+      "config.rollout.level: expected noise above 0": {"rollout": {"level": 0.0}},
+      "config.rollout.routes: route: unknown route 'max-f9'": {"rollout": {"routes": "max-f9"}},
+      "config.objective.guard": {"objective": {"guard": True}, "rollout": {"noise": "cps"}},
+      "config.objective.name: expected one of grpo, nft, got 'ppo'": {"objective": {"name": "ppo"}},
+      "config.objective.clip": {"objective": {"clip": 0.0}},
+      "unknown reward 'beauty'; there are .*scene_strict": {"rewards": {"weights": "beauty=1"}},
+      "jpeg_size: expected a finite weight of at least 0": {"rewards": {"weights": "jpeg_size=-1"}},
+      "config.prompts.tasks": {"prompts": {"tasks": "counts=1"}},
+      "config.train.epochs: expected at least 1 epoch, got 0": {"train": {"epochs": 0}},
+      "config.data.size: 72 is not a multiple": {"data": {"size": 72}},
+      "config.optimizer.learning_rate": {"optimizer": {"learning_rate": -1.0}},
+    }
+    for message, changes in cases.items():
+      with self.subTest(message), mock.patch.object(policy, "gradients", side_effect=AssertionError):
+        with self.assertRaisesRegex(ValueError, message):
+          grpo.run(self._changed(**changes), str(self.workdir))
+        self.assertFalse(self.workdir.exists())
+
+  def test_a_reward_that_fails_says_so_before_the_first_rollout(self):
+    def nan(images, prompts, metadata):
+      del prompts, metadata
+      return {"jpeg_size": np.full(len(images), np.nan)}
+
+    with mock.patch.dict(rewards.LOCAL, {("jpeg_size",): nan}):
+      with self.assertRaisesRegex(ValueError, "reward 'jpeg_size': 1 of 1 values are not finite"):
+        grpo.run(self.config, str(self.workdir))
+    self.assertFalse(self.workdir.exists())
+
+  def test_every_variant_fits_the_weights_inside_the_package(self):
+    for arg in ("", "paper", "fast", "cps", "guard", "nft,lora"):
+      config = grpo_config.get_config(arg).unlock()
+      config.watch.update({"pictures": 2, "prompts": 1})
+      setup = aligned.prepare(config.lock(), str(self.workdir))
+      self.assertEqual(setup.job.config.data.size, 128, arg)
+      self.assertEqual([[route.name for route in group] for group in setup.groups], [["max-f8"], ["max-f16"]])
+      self.assertEqual(setup.plan.window, 9 if arg == "paper" else 3)
+    self.assertFalse(self.workdir.exists())
+
+  def test_no_model_to_align(self):
+    for init, message in (("", "config.init: alignment needs a finished model"), ("/nowhere", "config.init: no dit")):
+      config = self.config.copy_and_resolve_references().unlock()
+      config.init = init
+      with self.assertRaisesRegex(ValueError, message):
+        aligned.prepare(config.lock(), str(self.workdir))
+
+
+if __name__ == "__main__":
+  absltest.main()
