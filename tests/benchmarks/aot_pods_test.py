@@ -4,7 +4,6 @@ import argparse
 import pathlib
 import sys
 
-import numpy as np
 from absl.testing import absltest, parameterized
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -53,19 +52,17 @@ class CollectivesTest(parameterized.TestCase):
     self.assertEqual((found["count"], found["bytes"], found["dcn"]), (1, size, 0))
     self.assertAlmostEqual(found["ici"], sent)
 
-  def test_groups_in_both_notations(self):
-    transposed = hlo_collectives._groups("replica_groups=[4,2]<=[2,4]T(1,0)", 8)
-    np.testing.assert_array_equal(transposed, [[0, 4], [1, 5], [2, 6], [3, 7]])
-    listed = hlo_collectives._groups("replica_groups={{0,4},{1,5},{2,6},{3,7}}", 8)
-    np.testing.assert_array_equal(listed, transposed)
+  def test_between_slices_the_runtime_reduces_what_it_is_sent(self):
+    line = (
+      "  %send.38 = (f32[2,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%bitcast.77, %after-all.38), channel_id=60,"
+      ' frontend_attributes={_xla_megascale_reduce_operation="SUM",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    ((kind, found),) = hlo_collectives.count(line, 32, 2).items()
+    self.assertEqual(kind, "all-reduce between slices")
+    self.assertEqual(found, {"count": 1, "bytes": 8192, "ici": 0.0, "dcn": 8192.0})  # half of it there, half back
 
-  def test_between_slices_only_a_share_crosses(self):
-    """8 devices in 2 slices: each sends 3/4 twice within its slice, and half of its quarter twice to the other."""
-    found = _one("%x = f32[1024] all-reduce(%a), replica_groups=[1,8]<=[8], to_apply=%add", 8, 2)
-    self.assertAlmostEqual(found["ici"], 2 * 4096 * 3 / 4)
-    self.assertAlmostEqual(found["dcn"], 2 * 4096 / 4 / 2)
-    within = _one("%x = f32[1024] all-reduce(%a), replica_groups=[2,4]<=[8], to_apply=%add", 8, 2)
-    self.assertEqual(within["dcn"], 0)
+  def test_without_groups_all_devices_of_a_slice_take_part(self):
+    self.assertAlmostEqual(_one("%x = f32[1024] all-gather(%a), dimensions={0}", 8, 2)["ici"], 4096 * 3 / 4)
 
   def test_kinds_add_up_and_other_lines_do_not_count(self):
     text = "\n".join(
