@@ -8,7 +8,13 @@ import jax.numpy as jnp
 
 def fingerprints_of(flat: Mapping[str, jax.Array]) -> dict[str, tuple[int, bool]]:
   """Per array: a 32-bit number that changes with any bit, equal on any mesh; and whether all values are finite."""
-  results = jax.device_get({name: _fingerprint(x) for name, x in flat.items()})
+  results = {}
+  for name, x in flat.items():
+    results[name] = _fingerprint(x)
+    if jax.default_backend() == "cpu" and len(x.sharding.device_set) > 1:
+      # Collectives of many programs at once block all threads of a host that stands for several devices.
+      jax.block_until_ready(results[name])
+  results = jax.device_get(results)
   return {name: (int(value), bool(finite)) for name, (value, finite) in results.items()}
 
 

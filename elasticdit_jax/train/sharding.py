@@ -188,7 +188,7 @@ class Layout:
       return tree
     gather = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, _WHOLE))
     # Leaf by leaf: the other devices hold one whole array at a time.
-    return jax.tree.map(lambda x: gather(x).addressable_data(0), tree)
+    return jax.tree.map(lambda x: jax.block_until_ready(gather(x)).addressable_data(0), tree)
 
   def _put(self, x: Any, sharding: NamedSharding) -> jax.Array:
     if jax.process_count() == 1 or jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
