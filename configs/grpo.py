@@ -12,14 +12,18 @@ Rewards are exact: the detector of the embedded scenes, objects nobody asked for
 report.md in the workdir: scores before and after, on combinations of training and on held-out ones, and what the
 reward cost: flow-matching loss of held-out pictures and diversity. docs/alignment.md explains the fields.
 
+The default is DiffusionNFT. Measured along lite-f16 of a finished UWCO run alone, 60 epochs, 2 minutes of CPU time,
+without guidance: strict score of prompts held out from alignment 68 to 85 %, flow-matching loss up 5 %, with kl=0.3; 68 to 77 %
+and 1 % with kl=1. The whole run, its time, and its scores on unseen combinations are not measured yet.
+
 Variants, after the colon, all along the same code:
 
+    :nft       DiffusionNFT, the default: no densities, finished pictures only
     :paper     Flow-GRPO as published: guidance in sampling and training, all steps but the last, divergence from the
                given weights
     :fast      noise and training in a window of three steps
     :cps       the same with Coefficients-Preserving Sampling
     :guard     the window with GRPO-Guard's ratios
-    :nft       DiffusionNFT: no densities, finished pictures only
     :lora      rank-32 adapters instead of full weights, together with any of these
     :debug     64 pixels and two epochs, under 90 s with compilation
 """
@@ -57,9 +61,9 @@ def get_config(arg: str = "") -> ConfigDict:
   )
   config.objective.strength = 1.0
   config.lora = ConfigDict({"rank": 32 if args.lora else 0, "alpha": 64.0})
-  config.optimizer = common.adamw(learning_rate=1e-4, warmup_steps=0, decay_fraction=0.0, weight_decay=0.0)
-  config.train = ConfigDict({"epochs": 200, "ema_decay": 0.9, "log_every": 5, "save_every": 20, "keep": 2})
-  config.watch = ConfigDict({"every": 25, "prompts": 24, "pictures": 128, "loss": 0.05, "diversity": 0.5})
+  config.optimizer = common.adamw(learning_rate=2e-4, warmup_steps=0, decay_fraction=0.0, weight_decay=0.0)
+  config.train = ConfigDict({"epochs": 160, "ema_decay": 0.9, "log_every": 5, "save_every": 20, "keep": 2})
+  config.watch = ConfigDict({"every": 20, "prompts": 24, "pictures": 128, "loss": 0.05, "diversity": 0.5})
   config.watch.patience = 3
   config.report = ConfigDict({"per_task": 40, "steps": 20, "guidance": 1.0, "pictures": 8})
   _variant(config, chosen[0] if chosen else "nft")
@@ -80,7 +84,7 @@ def _variant(config: ConfigDict, name: str) -> None:
     config.objective.update({"guard": True, "clip": 2e-6})
   elif name == "nft":
     config.rollout.noise = "ode"
-    config.objective.update({"name": "nft", "updates": 1, "kl": 1e-4})
+    config.objective.update({"name": "nft", "updates": 1, "kl": 0.5})
 
 
 def _shrink(config: ConfigDict) -> None:
