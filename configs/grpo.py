@@ -13,8 +13,8 @@ report.md in the workdir: scores before and after, on combinations of training a
 reward cost: flow-matching loss of held-out pictures and diversity. docs/alignment.md explains the fields.
 
 The default is DiffusionNFT. Measured along lite-f16 of a finished UWCO run alone, 60 epochs, 2 minutes of CPU time,
-without guidance: strict score of prompts held out from alignment 68 to 85 %, flow-matching loss up 5 %, with kl=0.3; 68 to 77 %
-and 1 % with kl=1. The whole run, its time, and its scores on unseen combinations are not measured yet.
+without guidance: strict score of prompts held out from alignment 68 to 85 %, flow-matching loss up 5 %, with kl=0.3; 68
+to 77 % and 1 % with kl=1. The whole run, its time, and its scores on unseen combinations are not measured yet.
 
 Variants, after the colon, all along the same code:
 
@@ -25,7 +25,7 @@ Variants, after the colon, all along the same code:
     :cps       the same with Coefficients-Preserving Sampling
     :guard     the window with GRPO-Guard's ratios
     :lora      rank-32 adapters instead of full weights, together with any of these
-    :debug     64 pixels and two epochs, under 90 s with compilation
+    :debug     64 pixels and two epochs; not timed on an idle machine yet
 """
 
 from ml_collections import ConfigDict
