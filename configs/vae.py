@@ -16,6 +16,7 @@ the encoder frozen, the decoder learns to reconstruct with L2, a perceptual dist
     ... --config.stage1.target=reconstruction            no teacher: an autoencoder first, then its decoder alone
     ... --config.perceptual.kind=lpips --config.perceptual.weights=FILE     with your VGG16 weights as safetensors
 
+The figures of a whole run of these, and of the teacher below, are not measured yet.
 Pictures of your own need no captions: --config.data.source=folder --config.data.path=DIR.
 
 A teacher that is no T-DVAE, an AutoencoderKL in the layout of FLUX.1's, trained from nothing, for students of it:
