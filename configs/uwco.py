@@ -10,8 +10,8 @@ combinations, +- 4: max-f8 83 / 80, lite-f8 78 / 72, max-f16 88 / 82, lite-f16 8
 4 / 6 and lite-f16 at 49 / 36.
 
     :debug     64 pixels, a few steps of every phase, under 90 s with compilation
-    :scratch   phase 1 from random weights as well; some 23 minutes by its CPU time. With a quarter more steps in phase 1
-               it reached, unseen: max-f8 62, lite-f8 55, max-f16 68, lite-f16 67
+    :scratch   phase 1 from random weights as well; some 23 minutes by its CPU time. With a quarter more steps in
+               phase 1 it reached, unseen: max-f8 62, lite-f8 55, max-f16 68, lite-f16 67
     :paper     the pod-scale job: size L, 1024 pixels, bfloat16; needs --config.data.path=DIR (captioned pictures) and
                --config.vae=DIR (vae_f8.safetensors and vae_f16.safetensors for photographs)
 """
