@@ -100,7 +100,7 @@ class MainTest(parameterized.TestCase):
     (["--config=toy.py", "config.train.steps=5"], "two dashes: --config.train.steps=5"),
     (["--config=toy.py", "--processes=2"], "give all of --coordinator=HOST:PORT, --processes=N and --process=0..N-1"),
     (["--config=toy.py", "--workdri=x"], "Did you mean: workdir"),
-    (["--config=toy.py", "--config.task=nothing"], "unknown task 'nothing'; expected one of uwco, pretrain, vae"),
+    (["--config=toy.py", "--config.task=nothing"], "unknown task 'nothing'; expected one of uwco, pretrain, grpo, vae"),
     (["--config=configs/nothing.py"], "no config file 'configs/nothing.py', neither here nor in the package"),
     ([], "--config is missing"),
     (["--config=toy.py", "--config.raises=bad"], "config.data.path: no such folder"),
