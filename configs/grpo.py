@@ -52,7 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.prompts = ConfigDict(
     {"file": "", "tasks": "counting=7,position=5,color_attr=3,colors=1,two_obj=1,single_obj=1", "held_out": 0.15}
   )
-  config.rewards = ConfigDict({"weights": "scene_strict=0.5,scene_partial=0.5", "threads": 2})
+  config.rewards = ConfigDict({"weights": "scene_strict=0.5,scene_partial=0.5", "models": "", "servers": ""})
   config.rollout = ConfigDict({"routes": _PAIRS if args.elastic else "max-f8,max-f16", "prompts": 12, "group": 8})
   config.rollout.update({"steps": 10, "guidance": 1.0, "noise": "sde", "level": 0.7})
   config.rollout.update({"window": 3, "first": 0, "last": -1, "batch": 32})

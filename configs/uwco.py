@@ -5,7 +5,7 @@
 Starts from the flex-max weights inside the package, so phase 1 is done: importance analysis, hybrid warm-up, flex-lite
 specialisation, unified recovery, report. Open runs/uwco/report.md and runs/uwco/images.
 
-Took 13.2 minutes and 2.7 GB on two CPU cores that had other work as well. Strict score to expect, seen / unseen
+Takes 12.0 minutes and 2.7 GB on two idle CPU cores. Strict score to expect, seen / unseen
 combinations, +- 4: max-f8 83 / 80, lite-f8 78 / 72, max-f16 88 / 82, lite-f16 82 / 77; before phase 2 lite-f8 stands at
 4 / 6 and lite-f16 at 49 / 36.
 

@@ -32,7 +32,7 @@ from elasticdit_jax.train.workdir import check_workdir, claim_workdir
 from elasticdit_jax.train.writer import Writer
 
 # May differ between two starts of one run; see uwco.NEUTRAL.
-NEUTRAL = ("train.log_every", "train.save_every", "report.per_task", "rewards.threads")
+NEUTRAL = ("train.log_every", "train.save_every", "report.per_task", "rewards.servers")
 _SILENT_EPOCHS = 20  # in a row in which no group had two different rewards
 
 
