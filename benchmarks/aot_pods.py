@@ -21,12 +21,12 @@ import dataclasses
 import json
 import os
 import pathlib
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 
 import accelerators
+import case_process
 import hlo_collectives
 import pods_table
 
@@ -82,7 +82,7 @@ def main() -> None:
     return
   fitted = True
   for case in cases(args):
-    result = in_process(case, args.timeout)
+    result = case_process.run(__file__, dataclasses.asdict(case), args.timeout)
     fitted &= result.get("fits", False)
     print("\n".join(report(case, result)), flush=True)
     if args.table:
@@ -105,20 +105,6 @@ def cases(args: argparse.Namespace) -> list[Case]:
     for pixels in map(int, args.pixels.split(","))
     for topology in args.topologies.split(",")
   ]
-
-
-def in_process(case: Case, timeout: int) -> dict:
-  """Compiles in a process of its own: it may need many GB, fail, or take for ever."""
-  command = [sys.executable, __file__, f"--case={json.dumps(dataclasses.asdict(case))}"]
-  try:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-  except subprocess.TimeoutExpired:
-    return {"error": f"no result within {timeout} s"}
-  lines = done.stdout.strip().splitlines()
-  if done.returncode or not lines:
-    reason = [line for line in done.stderr.splitlines() if "Error" in line or "RESOURCE" in line]
-    return {"error": (reason or ["the compiler stopped"])[-1][:400]}
-  return json.loads(lines[-1])
 
 
 def compile_case(case: Case) -> dict:

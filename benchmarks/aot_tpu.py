@@ -23,11 +23,10 @@ import glob
 import json
 import os
 import re
-import subprocess
-import sys
 import tempfile
 import time
 
+import case_process
 import tpu_schedule
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1"}
@@ -68,7 +67,7 @@ def _dense(chip: str, head_dim: int, args) -> dict[str, float]:
   found = []
   for block in map(int, filter(None, args.splash_blocks.split(","))):
     case = {"chip": chip, "tokens": SPLASH_TOKENS, "head_dim": head_dim}
-    result = _in_process({**case, "splash_block": block}, args.timeout)
+    result = case_process.run(__file__, {**case, "splash_block": block}, args.timeout)
     _row({**case, "rho": ""}, f"splash {block}", result)
     found += [] if "error" in result else [result]
   fewest = {key: min((result[key] for result in found), default=float("nan")) for key in ("forward", "backward")}
@@ -76,7 +75,7 @@ def _dense(chip: str, head_dim: int, args) -> dict[str, float]:
 
 
 def _sparse_row(case: dict, dense: dict[str, float], args) -> None:
-  tokens, result, figures = case["tokens"], _in_process(case, args.timeout), []
+  tokens, result, figures = case["tokens"], case_process.run(__file__, case, args.timeout), []
   if "error" not in result:
     pairs = tokens * (TEXT + BLOCK * result["kept"]) + TEXT * (TEXT + tokens)
     ideal = (tokens + TEXT) ** 2 / pairs
@@ -93,20 +92,6 @@ def _row(case: dict, kernel: str, result: dict, figures=()) -> None:
     values += [f"{result[key] / 2**20:.1f}" for key in ("hbm", "forward_vmem", "backward_vmem")]
     values += [f"{result[key]:.3f}" for key in ("forward", "backward")] + [f"{x:.2f}" for x in figures]
   print(",".join(map(str, (*case.values(), kernel, *values))), flush=True)
-
-
-def _in_process(case: dict, timeout: int) -> dict:
-  """The compiler reads its flags once per process, and must not take for ever."""
-  command = [sys.executable, __file__, f"--case={json.dumps(case)}"]
-  try:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-  except subprocess.TimeoutExpired:
-    return {"error": f"no result within {timeout} s"}
-  lines = done.stdout.strip().splitlines()
-  if done.returncode or not lines:
-    reason = [line for line in done.stderr.splitlines() if "Error" in line or "RESOURCE" in line]
-    return {"error": (reason or ["the compiler stopped"])[-1][:300]}
-  return json.loads(lines[-1])
 
 
 def _compile_case(chip: str, tokens: int, head_dim: int, rho: float = 0.0, splash_block: int = 0) -> dict:

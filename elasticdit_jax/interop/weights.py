@@ -92,7 +92,7 @@ def load_tree(path: str | os.PathLike) -> Tree:
   """
   with open_file(path) as f:
     flat = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (the handle is no mapping)
-  widened = {k: v.astype(np.float32) if np.issubdtype(v.dtype, np.floating) else v for k, v in flat.items()}
+  widened = {k: v.astype(np.float32) if jax.numpy.issubdtype(v.dtype, np.floating) else v for k, v in flat.items()}
   return unflatten(widened)
 
 

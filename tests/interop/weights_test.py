@@ -55,6 +55,7 @@ class WeightsTest(parameterized.TestCase):
     kernel = jnp.arange(6.0).reshape(2, 3)
     weights.save_tree(self.path, {"a": kernel.astype(jnp.bfloat16), "b": np.asarray(kernel).T})
     loaded = weights.load_tree(self.path)
+    self.assertEqual(loaded["a"].dtype, np.float32)
     np.testing.assert_array_equal(loaded["a"], kernel)
     np.testing.assert_array_equal(loaded["b"], kernel.T)
 
