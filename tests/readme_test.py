@@ -93,7 +93,7 @@ class ReadmeTest(absltest.TestCase):
     lines = [line for line in _README.read_text(encoding="utf-8").splitlines() if line.startswith("python3 -m venv ")]
     self.assertLen(lines, 2)
     self.assertRegex(lines[0], r" && pip install -e \. && .* --config=configs/uwco\.py$")
-    self.assertRegex(lines[1], r' && pip install -e "\.\[test\]" && python -m unittest discover ')
+    self.assertRegex(lines[1], r' && pip install -e "\.\[test\]" && python -m pytest -n 2 ')
 
   def test_first_python_block_is_ten_lines(self):
     code = _blocks(_README.read_text(encoding="utf-8"), "python")
