@@ -66,6 +66,8 @@ def get_config(arg: str = "") -> ConfigDict:
   config.watch = ConfigDict({"every": 20, "prompts": 24, "pictures": 128, "loss": 0.05, "diversity": 0.5})
   config.watch.patience = 3
   config.report = ConfigDict({"per_task": 40, "steps": 20, "guidance": 1.0, "pictures": 8})
+  config.update(common.devices_and_guard())
+  del config.guard.spike  # of a loss that has no level of its own
   _variant(config, chosen[0] if chosen else "nft")
   if args.debug:
     _shrink(config)

@@ -132,19 +132,29 @@ def window(steps: Steps, first: int, size: int) -> Steps:
   return _ode_rows(steps, euler, (number < first) | (number >= first + size))
 
 
-def step(steps: Steps) -> sampler.Step:
+def step(steps: Steps, rows: Array | None = None) -> sampler.Step:
   """The table as a step rule for sampler.sample over the same times; needs a key.
+
+  Args:
+    steps: the table.
+    rows: int32 [B]: numbers by which rows are told apart. The noise of a row is then a function of the key and its
+      number alone, in whatever batch it is drawn; None draws the noise of a batch at once.
 
   Arithmetic is float32 whatever the velocity's dtype: rounding the latents to bfloat16 would move the importance ratio
   by as much as its clipping range.
   """
   table = steps.to_device()
 
+  def noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    if rows is None:
+      return jax.random.normal(key, shape, jnp.float32)
+    return jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(key, row), shape[1:], jnp.float32))(rows)
+
   def advance(velocity_fn, x, t, t_next, key, index):
     del t_next
     row = jax.tree.map(lambda column: column[index], table)
     average = mean(x.astype(jnp.float32), velocity_fn(x, t).astype(jnp.float32), row)
-    return average + row.std * jax.random.normal(key, x.shape, jnp.float32), index + 1
+    return average + row.std * noise(key, x.shape), index + 1
 
   return sampler.Step(lambda x: jnp.int32(0), advance, 1)
 

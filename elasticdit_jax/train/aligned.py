@@ -1,7 +1,9 @@
 """What an alignment is made of before its first picture: the model, prompts, rewards, routes. Bad input stops here."""
 
 import dataclasses
+import json
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,8 +16,8 @@ from elasticdit_jax.data import pipeline
 from elasticdit_jax.elastic import Route, select_route
 from elasticdit_jax.flow import stochastic
 from elasticdit_jax.interop import model_dir
+from elasticdit_jax.train import distributed, losses, optim, phases, rewards, scoring, sharding
 from elasticdit_jax.train import job as job_lib
-from elasticdit_jax.train import losses, optim, phases, rewards
 from elasticdit_jax.train import prompts as prompts_lib
 from elasticdit_jax.train.policy import Policy
 from elasticdit_jax.train.prompts import Prompt, Prompts
@@ -59,12 +61,13 @@ class Setup:
     config = self.config
     objective = objective_of(config.objective)
     made = Policy(
-      self.job.cfg,
+      self.job.layout.bind(self.job.cfg),
       objective,
       None,
       config.train.ema_decay,
       config.lora.rank,
       config.lora.alpha,
+      self.job.layout,
     )
     shapes = jax.eval_shape(lambda: made.trained(self.weights, jax.random.key(0)))
     return dataclasses.replace(made, tx=optimizer(shapes))
@@ -82,25 +85,23 @@ def prepare(config: Any, workdir: str) -> Setup:
   Raises:
     ValueError: naming the field of the config that does not fit; nothing has been written.
   """
-  if jax.process_count() > 1:
-    raise ValueError(f"this version aligns in one process, here are {jax.process_count()}; start it on one host alone")
   _check(config)
   if not config.init:
     raise ValueError("config.init: alignment needs a finished model; give its directory, a workdir, or 'shipped'")
   # Cheap checks first: pictures are read last.
   optim.schedule(config.optimizer, config.train.epochs)
+  layout = _layout(config)
   model = model_dir.load(job_lib.init_directory(config))
   resolved = _resolved(config, model)
   check_ranges(resolved)
   groups = _groups(config, model)
   prompts = _prompts(config, model)
   reward = rewards.from_config(config.rewards)
-  job = _job(resolved, workdir, model)
+  job = _job(resolved, workdir, model, layout)
   watched = prompts.held_out[: config.watch.prompts]
   blank = np.zeros((1, job.config.data.size, job.config.data.size, 3), np.uint8)
-  for each in watched:
-    # A reward that does not know a prompt, or whose server is not there, says so now.
-    reward(blank, [each.text], [each.metadata])
+  # A reward that does not know a prompt, or whose server is not there, says so now.
+  scoring.settle(reward, [reward.submit(blank, [each.text], [each.metadata]) for each in watched])
   limits = Limits(config.watch.loss, config.watch.diversity, config.watch.patience)
   return Setup(config, job, model.params, model.routes, groups, _plan(config), prompts, watched, reward, limits)
 
@@ -123,7 +124,17 @@ def _resolved(config: Any, model: model_dir.Model) -> Any:
   return config.lock()
 
 
-def _job(config: Any, workdir: str, model: model_dir.Model) -> job_lib.Job:
+def _layout(config: Any) -> sharding.Layout:
+  layout = sharding.from_config(config)
+  if config.rollout.batch % layout.batch_shards:
+    raise ValueError(
+      f"config.rollout.batch: expected a multiple of the {layout.batch_shards} parts that config.mesh splits a batch"
+      f" into, got {config.rollout.batch}"
+    )
+  return layout
+
+
+def _job(config: Any, workdir: str, model: model_dir.Model, layout: sharding.Layout) -> job_lib.Job:
   cfg = dataclasses.replace(model.cfg, remat=config.model.remat, dtype=config.model.dtype)
   job_lib.check_size(config.data.size, max(model.codecs) * cfg.patch)
   source, held_out, _ = pipeline.source_from_config(config.data)
@@ -131,7 +142,7 @@ def _job(config: Any, workdir: str, model: model_dir.Model) -> job_lib.Job:
   captions = held_out.read(np.arange(config.report.pictures))[1]
   flow = FlowConfig(0.0, 1.0, model.flow.shift, model.flow.tokens)
   captions = tuple(model.encoder.clip(caption) for caption in captions)
-  return job_lib.Job(config, workdir, cfg, flow, model.codecs, source, model.encoder, tuple(batches), captions)
+  return job_lib.Job(config, workdir, cfg, flow, model.codecs, source, model.encoder, tuple(batches), captions, layout)
 
 
 def _groups(config: Any, model: model_dir.Model) -> tuple[tuple[Route, ...], ...]:
@@ -155,7 +166,10 @@ def _prompts(config: Any, model: model_dir.Model) -> Prompts:
     found = prompts_lib.scenes(given.tasks, given.held_out)
   else:
     raise ValueError("config.prompts.file: pictures of your own have no list of prompts; give a file, one a line")
-  model.encoder.encode([row.text for rows in found.training.values() for row in rows])
+  rows = [row for rows in found.training.values() for row in rows]
+  told = json.dumps([dataclasses.astuple(row) for row in (*rows, *found.held_out)], sort_keys=True)
+  distributed.check_same("config.prompts", {"checksum": zlib.crc32(told.encode())})
+  model.encoder.encode([row.text for row in rows])
   model.encoder.encode([row.text for row in found.held_out])
   return found
 

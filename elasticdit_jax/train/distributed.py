@@ -11,7 +11,7 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -147,11 +147,12 @@ class _Counter:
   def __init__(self):
     self._next: dict[str, itertools.count] = {}
 
-  def __call__(self, name: str) -> str:
-    return f"elasticdit/{name}/{next(self._next.setdefault(name, itertools.count()))}"
+  def __call__(self, name: str) -> int:
+    return next(self._next.setdefault(name, itertools.count()))
 
 
 _meeting = _Counter()
+_STOP = "stop"
 
 
 def exchange(name: str, value: str = "", seconds: float = WAIT_SECONDS) -> list[str]:
@@ -167,8 +168,9 @@ def exchange(name: str, value: str = "", seconds: float = WAIT_SECONDS) -> list[
   """
   if not several():
     return [value]
-  client, place = _client(), _meeting(name)
-  client.key_value_set(f"{place}/{jax.process_index()}", value)
+  client, number, me = _client(), _meeting(name), jax.process_index()
+  place = f"elasticdit/{name}/{number}"
+  client.key_value_set(f"{place}/{me}", value)
   try:
     client.wait_at_barrier(place, int(1000 * seconds))
   except Exception as e:  # the kind depends on the version of JAX
@@ -177,16 +179,20 @@ def exchange(name: str, value: str = "", seconds: float = WAIT_SECONDS) -> list[
     if not missing:
       raise
     raise TimeoutError(
-      f"{name}: waited {seconds:.0f} s for {', '.join(_named(client, missing))} of {jax.process_count()} processes; see"
-      " their logs: they have stopped, hang, or are far behind"
+      f"{name}: waited {seconds:.0f} s for {described(missing)} of {jax.process_count()} processes; see their logs:"
+      " they have stopped, hang, or are far behind"
     ) from e
   said = {int(key.rsplit("/", 1)[1]): text for key, text in client.key_value_dir_get(place)}
+  if number:
+    # Whoever came to this meeting has read what was said at the one before: process 0 need not remember it.
+    client.key_value_delete(f"elasticdit/{name}/{number - 1}/{me}")
   return [said[i] for i in range(jax.process_count())]
 
 
-def _named(client: Any, processes: list[int]) -> list[str]:
-  hosts = {int(key.rsplit("/", 1)[1]): host for key, host in client.key_value_dir_get(_HOST)}
-  return [f"process {i} ({hosts.get(i, 'never joined')})" for i in processes]
+def described(processes: Sequence[int]) -> str:
+  """These of several processes, with host and number in its system, for a message."""
+  hosts = {int(key.rsplit("/", 1)[1]): host for key, host in _client().key_value_dir_get(_HOST)}
+  return ", ".join(f"process {i} ({hosts.get(i, 'never joined')})" for i in processes)
 
 
 def barrier(name: str, seconds: float = WAIT_SECONDS) -> None:
@@ -222,6 +228,21 @@ def on_first(name: str, work: Callable[[], None], seconds: float = WAIT_SECONDS)
     raise OSError(f"{name}: process 0 failed: {said[0]}")
 
 
+def from_first(name: str, value: Any) -> Any:
+  """What process 0 holds: a JSON value that counts on every process, whatever these hold themselves.
+
+  Args:
+    name: of the value, for the message.
+    value: of this process; only that of process 0 is read.
+
+  Raises:
+    TimeoutError: see `exchange`.
+  """
+  if not several():
+    return value
+  return json.loads(exchange(name, json.dumps(value) if jax.process_index() == 0 else "")[0])
+
+
 def check_same(name: str, values: Mapping[str, Any]) -> None:
   """Compares what every process holds with what process 0 holds.
 
@@ -243,17 +264,17 @@ def check_same(name: str, values: Mapping[str, Any]) -> None:
       )
 
 
-def stop_requested(step: int) -> bool:
-  """Whether all processes should stop after this step, because one of them got SIGTERM; the same answer everywhere.
+def stop_requested() -> bool:
+  """Whether all processes should stop now, because one of them got SIGTERM; the same answer everywhere.
 
-  Args:
-    step: every process must ask for every step, in order.
+  Every process must ask equally often: after every step, and at every meeting of a step that waits.
   """
   if not several():
     return False
   from jax.experimental import multihost_utils  # noqa: PLC0415
 
-  return multihost_utils.reached_preemption_sync_point(step)
+  # JAX names one number at which all stop: numbers must not leave any out.
+  return multihost_utils.reached_preemption_sync_point(_meeting(_STOP))
 
 
 def _first_line(e: BaseException) -> str:

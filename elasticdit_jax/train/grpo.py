@@ -6,33 +6,46 @@
 
 One step of the loop is an epoch, so a checkpoint lies between two epochs and a resumed run repeats whole ones: it ends
 with the same bits. The routes of config.rollout.routes take turns as in `uwco`, so one weight set stays elastic.
+
+Rollout and updates run over all devices of all hosts under one layout (config.mesh); rewards are gathered before any
+statistic, so that every host decides alike, and as one host alone would.
 """
 
 import contextlib
+import dataclasses
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
 from elasticdit_jax import elastic
 from elasticdit_jax.elastic import Route
 from elasticdit_jax.interop import model_dir
-from elasticdit_jax.train import aligned, loop, optim, policy
+from elasticdit_jax.train import aligned, distributed, guard, loop, optim, policy
 from elasticdit_jax.train.checkpoint import Checkpointer, check_space
 from elasticdit_jax.train.policy import PolicyState
 from elasticdit_jax.train.prompts import Prompt
 from elasticdit_jax.train.rollout import Drawn, Sampler
 from elasticdit_jax.train.snapshot import Snapshots
 from elasticdit_jax.train.watch import Verdict, Watch
-from elasticdit_jax.train.workdir import check_workdir, claim_workdir
+from elasticdit_jax.train.workdir import check_workdir, claim_workdir, flat_fields
 from elasticdit_jax.train.writer import Writer
 
 # May differ between two starts of one run; see uwco.NEUTRAL.
-NEUTRAL = ("train.log_every", "train.save_every", "report.per_task", "rewards.servers")
+NEUTRAL = (
+  "train.log_every",
+  "train.save_every",
+  "mesh",
+  "guard",
+  "rollout.batch",
+  "report.per_task",
+  "rewards.servers",
+)
+_OF_HOST = "rewards.servers"  # every host may ask one of its own
 _SILENT_EPOCHS = 20  # in a row in which no group had two different rewards
 
 
@@ -47,6 +60,8 @@ def run(config: Any, workdir: str) -> None:
     ValueError: for a config or a workdir that does not fit; nothing has been written or drawn then.
   """
   check_workdir(workdir, config, NEUTRAL)
+  fields = {name: value for name, value in flat_fields(config).items() if name != _OF_HOST}
+  distributed.check_same("config", fields | {"--workdir": os.path.abspath(workdir)})
   Run(aligned.prepare(config, workdir)).execute()
 
 
@@ -67,11 +82,12 @@ class Run:
     self.policy = setup.policy(lambda trained: optim.make(config.optimizer, trained, schedule))
     self.sampler = Sampler(job, setup.plan, self.policy.objective, config.objective.spread, setup.reward)
     current = self.policy.create(setup.weights, config.seed)
-    check_space(job.workdir, current)
+    distributed.on_first("workdir", lambda: check_space(job.workdir, current))
     claim_workdir(job.workdir, config, NEUTRAL)
     every = {*range(0, config.train.epochs, config.watch.every), config.train.epochs}
     with Checkpointer(job.workdir, keep=config.train.keep) as checkpoint:
-      current, start = self._restore(checkpoint, current)
+      current, start, skipped = self._restore(checkpoint, current)
+      logging.info("%s", job.layout.describe())
       with Writer(job.workdir, start) as writer:
         self.snapshots = Snapshots(job, writer)
         self.watch = Watch(job, self.sampler, setup.reward, setup.watched, self.trainable, setup.limits, writer, start)
@@ -82,18 +98,27 @@ class Run:
             self._epoch,
             self._settings(),
             start=start,
+            skipped=skipped,
             checkpoint=checkpoint,
             writer=writer,
             hooks={n: lambda s, n=n: self.look(n, s) for n in every},
           )
 
-  def _restore(self, checkpoint: Checkpointer, template: PolicyState) -> tuple[PolicyState, int]:
+  def _restore(self, checkpoint: Checkpointer, template: PolicyState) -> tuple[PolicyState, int, int]:
     restored = checkpoint.restore_latest(template)
     if not restored:
-      return template, 0
+      return template, 0, 0
     current, meta = restored
-    self._rewards = list(meta["rewards"])
-    return current, int(current.step)
+    self._take(meta)
+    return current, int(current.step), meta["skipped"]
+
+  def _take(self, meta: Mapping[str, Any]) -> None:
+    self._rewards, self._silent = list(meta["rewards"]), meta.get("silent", 0)
+
+  def _go_back(self, meta: Mapping[str, Any]) -> None:
+    """After a rollback: what was seen and counted since that checkpoint did not happen."""
+    self._take(meta)
+    self.watch.go_back(meta["data_step"] - meta["skipped"])
 
   def _settings(self) -> loop.Settings:
     config, plan = self.config, self.setup.plan
@@ -108,14 +133,17 @@ class Run:
         "phase": config.objective.name,
         "routes": elastic.routes_to_json(self.setup.routes),
         "rewards": self._rewards,
+        "silent": self._silent,
       },
+      restored=self._go_back,
+      guard=guard.Guard(config.guard.rollbacks, config.guard.hang_seconds),
     )
 
   def _group(self, n: int) -> tuple[Route, ...]:
     return self.groups[n % len(self.groups)]
 
   def _prompts(self, start: int) -> Iterator[list[Prompt]]:
-    for n in range(start, self.config.train.epochs):
+    for n in itertools.count(start):
       yield self.setup.prompts.draw(self.config.rollout.prompts, self.config.seed, n)
 
   def _epoch(self, state: PolicyState, prompts: Sequence[Prompt], n: int) -> tuple[PolicyState, dict[str, float]]:
@@ -125,9 +153,10 @@ class Run:
     drawing = self.policy.weights(state.old if nft else state.params, state.reference)
     first = self.setup.plan.window_at(self.config.seed, n)
     drawn = {r: self.sampler.rollout(drawing, prompts, r, key, first) for r in self._group(n)}
-    state, sums = self._updates(state, drawing, drawn, n)
+    with self.job.layout.active():
+      state, sums = self._updates(state, drawing, drawn, n)
     if nft:
-      state = policy.move_old(state)
+      state = self.policy.move_old(state)
     metrics = _summary(drawn, self.setup.plan.group) | sums
     self._rewards.append(metrics["reward"])
     self._silent = self._silent + 1 if metrics["zero_std_share"] == 1 else 0
@@ -165,7 +194,7 @@ class Run:
   def _before(self, drawing: Any, d: Drawn, route: Route, index: np.ndarray) -> Iterator[jax.Array]:
     for rows, _ in policy.micro_batches(index, self.setup.plan.batch, 0.0):
       yield policy.velocities(
-        drawing, d.x, d.row.t, d.text, self.sampler.null, self.sampler.scale, rows, cfg=self.job.cfg, route=route
+        drawing, d.x, d.row.t, d.text, self.sampler.null, self.sampler.scale, rows, cfg=self.policy.cfg, route=route
       )
 
   def _update(
@@ -185,24 +214,31 @@ class Run:
         found = policy.gradients(
           state.params,
           state.reference,
-          (d.x, d.goal, d.row, d.text, jnp.asarray(d.advantage)),
+          (d.x, d.goal, d.row, d.text, d.advantage),
           self.sampler.null,
           self.sampler.scale,
           rows,
           weight,
-          jnp.zeros((len(rows),) + d.x.shape[1:]) if known is None else known[number],
+          self._unread((len(rows),) + d.x.shape[1:]) if known is None else known[number],
           known is None,
-          cfg=self.job.cfg,
+          cfg=self.policy.cfg,
           route=route,
           objective=self.policy.objective,
           scale=self.policy.scale,
+          layout=self.policy.layout,
         )
         total = found if total is None else policy.add(total, found)
     grads, sums = total
     return self.policy.apply(state, grads, self.trainable), sums | {"grad_norm": policy.norm(grads)}
 
+  def _unread(self, shape: tuple[int, ...]) -> jax.Array:
+    """Stands where a program expects velocities that it will not read."""
+    return self.job.layout.spread(np.zeros(shape, np.float32))
+
   def _model(self, params: Any, step: int) -> model_dir.Model:
-    return self.job.model(params, self.setup.routes, {"task": self.config.task, "epochs": str(step)})
+    return self.job.model(
+      self.job.layout.local(params), self.setup.routes, {"task": self.config.task, "epochs": str(step)}
+    )
 
   def look(self, n: int, state: PolicyState) -> PolicyState:
     """Watches; at the start and at the end evaluates every route and reports."""
@@ -210,7 +246,8 @@ class Run:
     if n == 0:
       self.snapshots.take(0, "given weights", params, self.setup.routes, None)
     training = float(np.mean(self._rewards)) if self._rewards else None
-    verdict = self.decide(self.watch.look(n, params, self._model(params, n), training))
+    verdict = self.decide(self.watch.look(n, params, lambda: self._model(params, n), training))
+    verdict = Verdict(**distributed.from_first("verdict", dataclasses.asdict(verdict)))
     self._rewards = []
     if verdict.stop or n == self.config.train.epochs:
       if verdict.stop:
@@ -227,7 +264,7 @@ class Run:
   def _finish(self, n: int, verdict: Verdict) -> None:
     epoch, params = self.watch.best(verdict)
     model = self._model(params, epoch)
-    model_dir.save(os.path.join(self.job.workdir, "model"), model)
+    distributed.on_first("model", lambda: model_dir.save(os.path.join(self.job.workdir, "model"), model))
     self.snapshots.take(n, f"aligned, {self.config.objective.name}", params, self.setup.routes, None)
     notes = self.watch.notes(verdict) + ([f"Stopped at epoch {n}: {verdict.stop}."] if verdict.stop else [])
     self.snapshots.report(n, model, title=f"{self.config.task}: {self.config.init}", notes=notes)

@@ -15,6 +15,16 @@ from absl import logging
 from elasticdit_jax.train import distributed
 
 T = TypeVar("T")
+_open: list["Signals"] = []
+
+
+class StopError(Exception):
+  """Ends a step, or what happens between two, that waits while a stop is asked for; it has changed nothing yet."""
+
+
+def requested() -> bool:
+  """Whether the run is asked to stop, for a step that waits; of several processes all must ask equally often."""
+  return distributed.stop_requested() or any(signals.received for signals in _open)
 
 
 class Signals:
@@ -31,32 +41,41 @@ class Signals:
   def __enter__(self) -> "Signals":
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
       self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    _open.append(self)
     return self
 
   def __exit__(self, *unused_exception: Any) -> None:
+    _open.remove(self)
     for number, handler in self._before.items():
       signal.signal(number, handler)
 
+  @property
+  def received(self) -> bool:
+    """Whether a signal asks for a stop."""
+    return self._received is not None
+
   def _handle(self, number: int, unused_frame: Any) -> None:
-    again = self._received is not None
+    again = self.received
     self._received = number
     if self._at_once or again:
       self.leave()
     logging.warning("finishing this step, then saving; once more stops at once")
 
-  def stop_after(self, step: int) -> bool:
-    """Whether to stop now that `step` updates are complete; every process asks after every step."""
-    if distributed.stop_requested(step):
+  def stop_now(self) -> bool:
+    """Whether to stop now that a step is complete; every process asks after every step."""
+    if distributed.stop_requested():
       self._received = signal.SIGTERM
-    return self._received is not None
+    return self.received
 
   def immediately(self, work: Callable[[], T]) -> T:
     """Runs work that has nothing to save: a signal stops it at once."""
     self._at_once = True
     try:
-      if self._received is not None:
+      if self.received:
         self.leave()
       return work()
+    except StopError:
+      self.leave()
     finally:
       self._at_once = False
 

@@ -82,7 +82,8 @@ def run(
   Args:
     state: any tree of arrays; `step_fn` may donate it.
     make_batches: called with a position in the data, `start + skipped`; the batches from there on.
-    step_fn: (state, batch, step) -> (state, scalar metrics by name). It chooses its compiled function by step.
+    step_fn: (state, batch, step) -> (state, scalar metrics by name). It chooses its compiled function by step. Where it
+      waits for something outside, it may raise interrupt.StopError before it has changed anything.
     settings: see `Settings`.
     start: completed steps, as restored.
     skipped: batches passed over by rollbacks so far, as restored.
@@ -150,10 +151,10 @@ class _Run:
           state = self._hook(state, step, start, booked, signals)
           profile.before(step, booked.unfinished)
           batch = self._fetch(batches, state, step, start, booked)
-          state, metrics = self.step_fn(state, batch, step)
+          state, metrics = self._step(state, batch, step, start, booked, signals)
           booked.after(step + 1, state, metrics)
           self.watchdog.beat(f"step {step + 1}")
-          if signals.stop_after(step + 1):
+          if signals.stop_now():
             booked.save(step + 1, state, required=True)
             booked.say_how_to_resume(step + 1)
             signals.leave()
@@ -167,6 +168,17 @@ class _Run:
       if stop > start:
         booked.save(stop, state, required=True)
     return state
+
+  def _step(
+    self, state: State, batch: Any, step: int, start: int, booked: progress.Progress, signals: interrupt.Signals
+  ) -> tuple[State, Metrics]:
+    try:
+      return self.step_fn(state, batch, step)
+    except interrupt.StopError:
+      if step > start:
+        booked.save(step, state, required=True)
+      booked.say_how_to_resume(step)
+      signals.leave()
 
   def _hook(self, state: State, step: int, start: int, booked: progress.Progress, signals: interrupt.Signals) -> State:
     if step not in self.hooks:

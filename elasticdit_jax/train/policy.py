@@ -18,7 +18,8 @@ import optax
 from elasticdit_jax.elastic import Route
 from elasticdit_jax.flow import stochastic
 from elasticdit_jax.models import dit
-from elasticdit_jax.train import lora, losses, optim
+from elasticdit_jax.ops import placement
+from elasticdit_jax.train import lora, losses, optim, sharding
 from elasticdit_jax.train.state import copy
 from elasticdit_jax.train.step import frozen_mask, velocity
 from elasticdit_jax.types import Text
@@ -63,6 +64,7 @@ class Policy:
     tx: the optimiser.
     ema_decay: of the average that is evaluated and kept.
     rank, alpha: of the adapters; rank 0 trains the weights themselves.
+    layout: where arrays live; cfg is bound to it.
   """
 
   cfg: dit.DiTConfig
@@ -71,6 +73,7 @@ class Policy:
   ema_decay: float
   rank: int
   alpha: float
+  layout: sharding.Layout = dataclasses.field(default_factory=sharding.one_device)
 
   @property
   def scale(self) -> float:
@@ -82,7 +85,10 @@ class Policy:
     return lora.init(weights, self.rank, key) if self.rank else weights
 
   def create(self, weights: Any, seed: int) -> PolicyState:
-    """The state before the first epoch."""
+    """The state before the first epoch, laid out; every process holds all of `weights`."""
+    return self.layout.build(functools.partial(self._create, seed=seed), weights)
+
+  def _create(self, weights: Any, seed: int) -> PolicyState:
     key = jax.random.key(seed)
     params = self.trained(weights, jax.random.fold_in(key, 0))
     old = copy(params) if self.objective.name == "nft" else None
@@ -91,25 +97,35 @@ class Policy:
 
   def weights(self, trained: Any, reference: Any) -> Any:
     """The backbone's weights that a tree like state.params stands for."""
-    return _merge(reference, trained, self.scale) if self.rank else trained
+    return _merge(reference, trained, self.scale, self.layout) if self.rank else trained
 
   def apply(self, state: PolicyState, grads: Any, trainable: tuple[Route, ...]) -> PolicyState:
     """One update; what no route of `trainable` reads keeps its value bit for bit."""
     params, opt_state, ema = _apply(
-      state.params, state.opt_state, state.ema, grads, state.updates, self.tx, self.ema_decay, trainable
+      state.params, state.opt_state, state.ema, grads, state.updates, self.tx, self.ema_decay, trainable, self.layout
     )
     return dataclasses.replace(state, updates=state.updates + 1, params=params, opt_state=opt_state, ema=ema)
 
+  def move_old(self, state: PolicyState) -> PolicyState:
+    """The average that draws, one epoch on: slow to follow later (DiffusionNFT's schedule for GenEval)."""
+    return dataclasses.replace(state, old=_moved(state.old, state.params, state.step, self.layout))
 
-@functools.partial(jax.jit, static_argnames="scale")
-def _merge(reference: Any, trained: Any, scale: float) -> Any:
-  return lora.merge(reference, trained, scale)
+
+@functools.partial(jax.jit, static_argnames=("scale", "layout"))
+def _merge(reference: Any, trained: Any, scale: float, layout: sharding.Layout) -> Any:
+  return layout.keep(lora.merge(reference, trained, scale))
 
 
-@functools.partial(jax.jit, static_argnames=("tx", "decay", "trainable"))
-def _apply(params, opt_state, ema, grads, number, tx, decay, trainable):
+@functools.partial(jax.jit, static_argnames=("tx", "decay", "trainable", "layout"))
+def _apply(params, opt_state, ema, grads, number, tx, decay, trainable, layout):
   params, opt_state = optim.frozen_update(tx, grads, opt_state, params, frozen_mask(params, trainable))
-  return params, opt_state, optim.ema_update(ema, params, number, decay)
+  return layout.keep((params, opt_state, optim.ema_update(ema, params, number, decay)))
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _moved(old, params, epoch, layout):
+  decay = jnp.minimum(0.001 * epoch.astype(jnp.float32), 0.5)
+  return layout.keep(jax.tree.map(lambda o, p: decay * o + (1 - decay) * p, old, params))
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "route"))
@@ -126,11 +142,11 @@ def velocities(
   route: Route,
 ) -> jax.Array:
   """Velocity of rows `index` [m] of M, as the sampler sees it; x [M, ...], t [M], text of B rows."""
-  part = jax.tree.map(lambda a: a[index % len(text.mask)], text)
-  return _guided(cfg, weights, x[index], t[index], part, null, guidance, route)
+  part = _rows(cfg, text, index % len(text.mask))
+  return _guided(cfg, weights, _rows(cfg, x, index), _rows(cfg, t, index), part, null, guidance, route)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "route", "objective", "scale"))
+@functools.partial(jax.jit, static_argnames=("cfg", "route", "objective", "scale", "layout"))
 def gradients(
   trained: Any,
   reference: Any,
@@ -146,6 +162,7 @@ def gradients(
   route: Route,
   objective: losses.Objective,
   scale: float,
+  layout: sharding.Layout | None = None,
 ) -> tuple[Any, dict[str, jax.Array]]:
   """Gradient of the objective over a micro-batch, and its sums.
 
@@ -158,15 +175,16 @@ def gradients(
     v_old: [m, h, w, C], velocity of the weights that drew; not read where `fresh`.
     fresh: bool [], the weights in training are those that drew: their ratio is exactly 1, whatever was fused how.
     cfg, route, objective: static.
+    layout: where the gradients go; None leaves it to the compiler.
 
   Returns:
     (tree like trained, {"loss" and sums of the objective}).
   """
   x, goal, table, text, advantage = rows
   picture = index % len(text.mask)
-  part = jax.tree.map(lambda a: a[picture], text)
-  row = jax.tree.map(lambda column: column[index], table)
-  moments = losses.Moments(x[index], goal[index], part, advantage[picture], weight, row)
+  part, chosen = _rows(cfg, (text, advantage), picture), _rows(cfg, (x, goal, table), index)
+  moments = losses.Moments(*chosen[:2], *part, weight, chosen[2])
+  row, part = moments.row, moments.text
 
   def objective_of(trained):
     weights = lora.merge(reference, trained, scale) if scale else trained
@@ -178,7 +196,12 @@ def gradients(
     return losses.loss(objective, v, before, anchor, moments)
 
   (value, sums), grads = jax.value_and_grad(objective_of, has_aux=True)(trained)
-  return grads, sums | {"loss": value}
+  return grads if layout is None else layout.keep(grads), sums | {"loss": value}
+
+
+def _rows(cfg: dit.DiTConfig, tree: Any, index: jax.Array) -> Any:
+  """Rows of arrays, split over devices like the batches of the backbone."""
+  return jax.tree.map(lambda a: placement.split(jnp.asarray(a)[index], cfg.batch_axes), tree)
 
 
 def _guided(cfg, weights, x, t, text, null, guidance, route) -> jax.Array:
@@ -199,14 +222,6 @@ def add(a: Any, b: Any) -> Any:
 
 norm = jax.jit(optax.tree.norm)
 """Norm of a tree, []."""
-
-
-@jax.jit
-def move_old(state: PolicyState) -> PolicyState:
-  """The average that draws, one epoch on: slow to follow later (DiffusionNFT's schedule for GenEval)."""
-  decay = jnp.minimum(0.001 * state.step.astype(jnp.float32), 0.5)
-  old = jax.tree.map(lambda o, p: decay * o + (1 - decay) * p, state.old, state.params)
-  return dataclasses.replace(state, old=old)
 
 
 def micro_batches(index: np.ndarray, size: int, weight: float) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -106,6 +106,15 @@ class Reward:
       pending.append((names, len(images), future))
     return pending
 
+  def wait(self, pending: Sequence[Pending], seconds: float) -> bool:
+    """Whether all of several `submit`s are scored, after at most `seconds`; raises what a source has raised."""
+    every = [future for each in pending for *_, future in each]
+    done, left = futures.wait(every, seconds, futures.FIRST_EXCEPTION)
+    for future in every:
+      if future in done:
+        future.result()
+    return not left
+
   def collect(self, pending: Pending) -> Scores:
     """Waits for the scores of one `submit`.
 

@@ -1,5 +1,8 @@
 """Pictures to learn from: drawn with noise along one route, scored while the next ones are drawn, ready for the update.
 
+A batch is split over all devices of all hosts (train/sharding.py), so that pictures of one prompt may lie on several;
+every host scores those that lie on it, and advantages come from the rewards of all.
+
 prompts x group --sampler, noise in a window of steps--> latents --decoder--> uint8 --rewards (threads)--> advantages
                     |
                     +-- x before and after every step of the window: the rows of the update
@@ -19,7 +22,8 @@ from elasticdit_jax.flow import guidance as guidance_lib
 from elasticdit_jax.flow import path, sampler, stochastic
 from elasticdit_jax.models import dit
 from elasticdit_jax.models.codec import Codec, to_uint8
-from elasticdit_jax.train import losses
+from elasticdit_jax.ops import placement
+from elasticdit_jax.train import losses, scoring, sharding
 from elasticdit_jax.train.prompts import Prompt
 from elasticdit_jax.train.rewards import Reward, combine
 from elasticdit_jax.train.step import velocity
@@ -36,7 +40,7 @@ class Plan:
     guidance: scale of classifier-free guidance; 1 switches it off.
     rule, level: noise of the steps, see flow.stochastic; rule "ode" draws none.
     window: steps with noise, the ones that are trained; they lie within first..last.
-    batch: pictures computed at a time, and rows of one backward pass.
+    batch: pictures computed at a time, and rows of one backward pass, over all devices.
   """
 
   group: int
@@ -70,7 +74,7 @@ class Drawn:
     row: columns [M].
     text: B rows.
     prompts: of the B pictures.
-    images: uint8 [B, H, W, 3].
+    images: uint8 [b, H, W, 3] of the b pictures that this process scored, in their order.
     rewards: float32 [B], the weighted sum.
     scores: name -> float32 [B].
     advantage: float32 [B].
@@ -111,7 +115,7 @@ def draw_batch(
     params, codec: weights and VAE of the route.
     text, null: B prompts; the empty one.
     guidance: scale, []; None for plain conditional sampling.
-    key: of the epoch. The first noise of a picture is a function of (key, index) alone.
+    key: of the epoch. All noise of a picture is a function of (key, index) alone: of no batch, device or host.
     index: int32 [B].
     times, steps, first: schedule, its table, and the first step to keep.
     cfg, route, grid: the backbone, the way through it, (rows, columns) of latent cells.
@@ -122,21 +126,23 @@ def draw_batch(
   """
   first_key, step_key = jax.random.split(key)
   shape = (*grid, codec.cfg.latent_channels)
+  index, text = jax.tree.map(lambda a: placement.split(jnp.asarray(a), cfg.batch_axes), (index, text))
   noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(first_key, i), shape))(index)
   guided = guidance_lib.guide(
     lambda x, t, text: velocity(cfg, params, x, t, text, route), text, null, 1 if guidance is None else guidance
   )
-  way = sampler.trajectory(
-    guided, noise, times, step=stochastic.step(steps), key=jax.random.fold_in(step_key, index[0])
-  )
-  return jax.lax.dynamic_slice_in_dim(way, first, kept + 1), way[-1], to_uint8(codec.decode(way[-1]))
+  noise = placement.split(noise, cfg.batch_axes)
+  way = sampler.trajectory(guided, noise, times, step=stochastic.step(steps, index), key=step_key)
+  around = placement.split(jax.lax.dynamic_slice_in_dim(way, first, kept + 1), None, cfg.batch_axes)
+  end, images = (placement.split(x, cfg.batch_axes) for x in (way[-1], to_uint8(codec.decode(way[-1]))))
+  return around, end, images
 
 
 class Sampler:
   """Draws the pictures of prompts along routes.
 
   Args:
-    job: see train.job; its model's encoder, codecs and times.
+    job: see train.job; its model's encoder, codecs, times and layout.
     plan: see Plan.
     objective: what the rows are for.
     spread: see losses.advantages.
@@ -145,8 +151,9 @@ class Sampler:
 
   def __init__(self, job: Any, plan: Plan, objective: losses.Objective, spread: str, reward: Reward):
     self._job, self.plan, self._objective, self._spread, self._reward = job, plan, objective, spread, reward
-    self.null = job.encoder.encode([""])
-    self.scale = None if plan.guidance == 1 else jnp.float32(plan.guidance)
+    self._cfg, self._codecs = job.layout.bind(job.cfg), job.layout.replicate(dict(job.codecs))
+    self.null = job.layout.replicate(job.encoder.encode([""]))
+    self.scale = None if plan.guidance == 1 else np.float32(plan.guidance)
 
   def grid(self, route: Route) -> tuple[int, int]:
     """Latent cells of a picture."""
@@ -159,7 +166,7 @@ class Sampler:
     return sampler.times(self.plan.steps, self._job.flow.shift_at(rows * columns // self._job.cfg.patch**2))
 
   def rollout(self, params: Any, prompts: Sequence[Prompt], route: Route, key: jax.Array, first: int) -> Drawn:
-    """plan.group pictures of each prompt, their rewards and the rows of the update.
+    """plan.group pictures of each prompt, their rewards and the rows of the update; all processes take part.
 
     Args:
       params: of the weights that draw.
@@ -170,78 +177,95 @@ class Sampler:
 
     Raises:
       ValueError: for a reward that is missing or not finite.
+      interrupt.StopError, OSError: see scoring.settle.
     """
     rows = [prompt for prompt in prompts for _ in range(self.plan.group)]
     key = jax.random.fold_in(key, route.vae)
     steps = self.plan.table(self.times(route), first)
     kept = self.plan.window if self._objective.name == "grpo" else 0
-    ways, ends, images, scores, text = self._draw(params, rows, route, key, steps, first, kept)
+    parts, scores, text = self._draw(params, rows, route, key, steps, first, kept)
+    ways, ends, images = zip(*parts, strict=True)
     total = combine(scores, self._reward.weights)
     advantage = losses.advantages(total.reshape(len(prompts), -1), self._spread).reshape(-1)
     if self._objective.name == "grpo":
-      x, goal, row = _steps_taken(ways, jax.tree.map(lambda c: c[first : first + kept], steps))
+      x, goal = _steps_taken(ways, len(rows), self._job.layout)
+      row = jax.tree.map(lambda c: np.repeat(np.float32(c[first : first + kept]), len(rows)), steps)
     else:
-      x, goal, row = self._renoised(ends, route, key)
-    return Drawn(x, goal, row, text, rows, images, total, scores, advantage)
+      x, goal, row = self._renoised(ends, len(rows), route, key)
+    return Drawn(x, goal, row, text, rows, np.concatenate(images), total, scores, advantage)
 
   def pictures(
     self, params: Any, prompts: Sequence[Prompt], route: Route, key: jax.Array
   ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Pictures without noise in the steps, for measuring: (uint8 [B, H, W, 3], scores)."""
-    steps = stochastic.ode(self.times(route))
-    _, _, images, scores, _ = self._draw(params, prompts, route, jax.random.fold_in(key, route.vae), steps, 0, 0)
-    return images, scores
+    """Pictures without noise in the steps, for measuring: (uint8 [B, H, W, 3], scores); all on every process."""
+    steps, key = stochastic.ode(self.times(route)), jax.random.fold_in(key, route.vae)
+    parts, scores, _ = self._draw(params, prompts, route, key, steps, 0, 0, everywhere=True)
+    return np.concatenate([images for _, _, images in parts])[: len(prompts)], scores
 
-  def _draw(self, params, rows, route, key, steps, first, kept):
-    """Batch by batch; rewards are scored while the next batch is drawn."""
-    batch, parts, pending = self.plan.batch, [], []
-    filled = [row.text for row in rows] + [""] * (-len(rows) % batch)
-    text = self._job.encoder.encode(filled)
-    for start in range(0, len(filled), batch):
-      part = slice(start, start + batch)
-      index = np.arange(start, start + batch, dtype=np.int32)
-      way, end, images = draw_batch(
-        params,
-        self._job.codecs[route.vae],
-        jax.tree.map(lambda a, part=part: a[part], text),
-        self.null,
-        self.scale,
-        key,
-        index,
-        self.times(route),
-        steps.to_device(),
-        first,
-        cfg=self._job.cfg,
-        route=route,
-        grid=self.grid(route),
-        kept=kept,
-      )
-      images, real = np.asarray(images), rows[part]
-      parts.append((way, end, images))
-      texts, metadata = [row.text for row in real], [row.metadata for row in real]
-      pending.append(self._reward.submit(images[: len(real)], texts, metadata))
-    found = [self._reward.collect(each) for each in pending]
-    scores = {name: np.concatenate([each[name] for each in found]) for name in self._reward.names}
-    ways = jnp.concatenate([way for way, _, _ in parts], axis=1)[:, : len(rows)]
-    ends = jnp.concatenate([end for _, end, _ in parts])[: len(rows)]
-    images = np.concatenate([image for _, _, image in parts])[: len(rows)]
-    return ways, ends, images, scores, jax.tree.map(lambda a: jnp.asarray(a[: len(rows)]), text)
+  def _draw(self, params, rows, route, key, steps, first, kept, everywhere=False):
+    """Batch by batch; a process's own pictures are scored while the next batch is drawn.
 
-  def _renoised(self, ends: jax.Array, route: Route, key: jax.Array) -> tuple[jax.Array, jax.Array, stochastic.Steps]:
+    Returns:
+      ([(x around the kept steps, finished latents, pictures: its own, or all of the batch `everywhere`) of each batch,
+      the last one filled up], scores of all rows, text of all rows).
+    """
+    layout, batch = self._job.layout, self.plan.batch
+    encoded = self._job.encoder.encode([row.text for row in rows] + [""] * (-len(rows) % batch))
+    parts, pending, numbers = [], [], []
+    for start in range(0, len(encoded.mask), batch):
+      part = jax.tree.map(lambda a, start=start: a[start : start + batch], encoded)
+      with layout.active():
+        way, end, images = draw_batch(
+          params,
+          self._codecs[route.vae],
+          part,
+          self.null,
+          self.scale,
+          key,
+          np.arange(start, start + batch, dtype=np.int32),
+          self.times(route),
+          jax.tree.map(np.float32, steps),
+          np.int32(first),
+          cfg=self._cfg,
+          route=route,
+          grid=self.grid(route),
+          kept=kept,
+        )
+      number, own = layout.owned(images)
+      number = start + number
+      mine = [rows[i] for i in number if i < len(rows)]  # what fills a batch up comes last
+      number, own = number[: len(mine)], own[: len(mine)]
+      parts.append((way, end, np.asarray(layout.local(images)) if everywhere else own))
+      if mine:
+        numbers.append(number)
+        pending.append(self._reward.submit(own, [row.text for row in mine], [row.metadata for row in mine]))
+    scores = scoring.gather(self._reward, pending, numbers, len(rows))
+    return parts, scores, layout.spread(jax.tree.map(lambda a: jnp.asarray(a[: len(rows)]), encoded))
+
+  def _renoised(
+    self, ends: Sequence[jax.Array], count: int, route: Route, key: jax.Array
+  ) -> tuple[jax.Array, jax.Array, stochastic.Steps]:
     """Finished latents at plan.window new times each, for an objective of the forward process."""
-    count = self.plan.window
-    time_key, noise_key = jax.random.split(jax.random.fold_in(key, 2))
     rows, columns = self.grid(route)
     shift = self._job.flow.shift_at(rows * columns // self._job.cfg.patch**2)
-    t = path.sample_t(time_key, (count * len(ends),), mean=self._job.flow.mean, std=self._job.flow.std, shift=shift)
-    goal = jnp.tile(ends, (count, 1, 1, 1))
-    x = path.interpolate(goal, jax.random.normal(noise_key, goal.shape), t)
-    zero = jnp.zeros_like(t)
+    law = (self._job.flow.mean, self._job.flow.std, shift)
+    x, goal, t = _noised(ends, jax.random.fold_in(key, 2), count, self.plan.window, law, self._job.layout)
+    zero = np.zeros(t.shape, np.float32)
     return x, goal, stochastic.Steps(t, zero, zero, zero, zero, zero, zero, zero)
 
 
-def _steps_taken(ways: jax.Array, steps: stochastic.Steps) -> tuple[jax.Array, jax.Array, stochastic.Steps]:
-  """[K + 1, B, ...] and K steps as M = K x B rows: where each began, where it went, and its row of the table."""
-  kept, count = len(steps.t), ways.shape[1]
-  x, goal = (part.reshape((kept * count,) + ways.shape[2:]) for part in (ways[:-1], ways[1:]))
-  return x, goal, jax.tree.map(lambda column: jnp.repeat(column, count), steps.to_device())
+@functools.partial(jax.jit, static_argnames=("count", "layout"))
+def _steps_taken(ways: Sequence[jax.Array], count: int, layout: sharding.Layout) -> tuple[jax.Array, jax.Array]:
+  """Batches [K + 1, b, ...] as M = K x count rows: where each step began, where it went."""
+  way = jnp.concatenate(ways, axis=1)[:, :count]
+  return layout.keep_rows(tuple(part.reshape((-1,) + way.shape[2:]) for part in (way[:-1], way[1:])))
+
+
+@functools.partial(jax.jit, static_argnames=("count", "times", "law", "layout"))
+def _noised(ends, key, count, times, law, layout) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Batches [b, ...] of finished latents as (x_t, themselves, t) of M = times x count rows."""
+  time_key, noise_key = jax.random.split(key)
+  mean, std, shift = law
+  t = path.sample_t(time_key, (times * count,), mean=mean, std=std, shift=shift)
+  goal = jnp.tile(jnp.concatenate(ends)[:count], (times, 1, 1, 1))
+  return layout.keep_rows((path.interpolate(goal, jax.random.normal(noise_key, goal.shape), t), goal, t))

@@ -38,6 +38,11 @@ RULES: Rules = (
   (r"(qkv|up)/bias$", PartitionSpec("tensor")),
   (r"block_\d+/((image|text)_out|(image|text)_mlp/down)/kernel$", PartitionSpec("tensor", "fsdp")),
   (r"refine/kernel$", PartitionSpec()),
+  # Adapters (train/lora.py): a product of the two parts is split like the kernel that it changes.
+  (r"(qkv|up)/kernel/a$", PartitionSpec("fsdp")),
+  (r"(qkv|up)/kernel/b$", PartitionSpec(None, "tensor")),
+  (r"(image_out|text_out|down)/kernel/a$", PartitionSpec("tensor")),
+  (r"(image_out|text_out|down)/kernel/b$", PartitionSpec(None, "fsdp")),
   (r"(kernel|text_position)$", PartitionSpec("fsdp")),
   (r"", PartitionSpec()),
 )
@@ -152,6 +157,34 @@ class Layout:
     return jax.tree.map(
       lambda x: self._put(x, NamedSharding(self.mesh, self._resolve(PartitionSpec(BATCH_AXES), x.shape))), tree
     )
+
+  def keep(self, tree: Any) -> Any:
+    """Within a program: the tree, with the demand that it lies where `of` says."""
+    return tree if self.single else jax.lax.with_sharding_constraint(tree, self.of(tree))
+
+  def keep_rows(self, tree: Any) -> Any:
+    """Within a program: arrays [B, ...], with the demand that they lie as `spread` puts them."""
+    if self.single:
+      return tree
+    specs = jax.tree.map(lambda x: self._resolve(PartitionSpec(BATCH_AXES), x.shape), tree)
+    return jax.lax.with_sharding_constraint(tree, jax.tree.map(lambda s: NamedSharding(self.mesh, s), specs))
+
+  def owned(self, x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """(numbers, rows) of an array [B, ...] that this process answers for: one that holds them; each row has one."""
+    if jax.process_count() == 1:
+      return np.arange(len(x)), np.asarray(x)
+    holders: dict[tuple[int, int, int], set[int]] = {}
+    for device, index in x.sharding.devices_indices_map(x.shape).items():
+      holders.setdefault(index[0].indices(len(x)), set()).add(device.process_index)
+    shards = {shard.index[0].indices(len(x)): shard.data for shard in x.addressable_shards}
+    numbers, parts = [], []
+    for place in sorted(shards):
+      # Several hold it where `tensor` spans them: they take turns.
+      among, rows = sorted(holders[place]), np.arange(*place)
+      mine = np.array(among)[rows % len(among)] == jax.process_index()
+      numbers.append(rows[mine])
+      parts.append(np.asarray(shards[place])[mine])
+    return np.concatenate(numbers), np.concatenate(parts)
 
   def share(self) -> tuple[int, int]:
     """(index, count): this process reads part `index` of `count` equal parts of every batch.

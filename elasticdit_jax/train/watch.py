@@ -6,13 +6,16 @@ left the data), and how much the pictures of one prompt differ.
 
 WORKDIR/watch.json  the records
 WORKDIR/best/       the model of the best record
+
+Several processes measure together; process 0 writes, and the records that it holds decide on all of them.
 """
 
 import dataclasses
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +26,7 @@ from elasticdit_jax.elastic import Route
 from elasticdit_jax.evals import pictures
 from elasticdit_jax.evals.diversity import diversity
 from elasticdit_jax.interop import model_dir, weights
+from elasticdit_jax.train import distributed
 from elasticdit_jax.train.job import Job
 from elasticdit_jax.train.prompts import Prompt
 from elasticdit_jax.train.rewards import Reward, combine
@@ -124,25 +128,33 @@ class Watch:
     self._limits, self._writer = limits, writer
     self._rows = [prompt for prompt in prompts for _ in range(_PER_PROMPT)]
     self._validation = job.validation()
+    self._key = job.layout.build(lambda: jax.random.key(_KEY))
     self._path = os.path.join(job.workdir, "watch.json")
     self.records: list[dict[str, Any]] = []
     if start and os.path.isfile(self._path):
       with open(self._path) as f:
-        # The hook of step `start` happens again.
-        self.records = [record for record in json.load(f) if record["step"] < start]
+        self.records = json.load(f)
+    self.records = distributed.from_first("watch", self.records)
+    self.go_back(start)
 
-  def look(self, step: int, params: Any, model: model_dir.Model, training_reward: float | None) -> Verdict:
+  def go_back(self, step: int) -> None:
+    """Forgets what was seen from `step` on: the look at it happens again."""
+    self.records = [record for record in self.records if record["step"] < step]
+
+  def look(
+    self, step: int, params: Any, model: Callable[[], model_dir.Model], training_reward: float | None
+  ) -> Verdict:
     """Measures, writes a record, and keeps the model where it is the best so far.
 
     Args:
       step: completed epochs.
       params: the averaged weights.
-      model: the same with everything around, to keep.
+      model: makes the same with everything around, to keep; called on all processes or on none.
       training_reward: mean over the epochs since the last look; None at the start.
     """
     begin, routes, shown = time.perf_counter(), {}, {}
     for route in self._routes:
-      images, scores = self._sampler.pictures(params, self._rows, route, jax.random.key(_KEY))
+      images, scores = self._sampler.pictures(params, self._rows, route, self._key)
       total = combine(scores, self._reward.weights)
       shown[route.name] = images[::_PER_PROMPT][:_SHOWN]
       routes[route.name] = {
@@ -153,18 +165,27 @@ class Watch:
       }
     reward = float(np.mean([found["reward"] for found in routes.values()]))
     record = {"step": step, "training_reward": training_reward, "reward": reward, "routes": routes}
-    self.records.append(record)
+    self.records.append(distributed.from_first("watch", record))
     verdict = judge(self.records, self._limits)
     if verdict.best == len(self.records) - 1:
-      model_dir.save(os.path.join(self._job.workdir, "best"), model)
-    self._write(step, routes, shown)
+      kept = model()
+      distributed.on_first("best model", lambda: model_dir.save(os.path.join(self._job.workdir, "best"), kept))
+    distributed.on_first("watch", lambda: self._write(step, routes, shown))
     logging.info("watch %d: %s (%.0f s)", step, _line(routes), time.perf_counter() - begin)
     return verdict
 
   def best(self, verdict: Verdict) -> tuple[int, Any]:
-    """(epoch, weights) of the best record."""
-    params = weights.load_tree(os.path.join(self._job.workdir, "best", "dit.safetensors"))
-    return self.records[verdict.best]["step"], jax.tree.map(jax.numpy.asarray, params)
+    """(epoch, weights) of the best record, laid out.
+
+    Raises:
+      ValueError: where processes read different weights.
+    """
+    path = os.path.join(self._job.workdir, "best", "dit.safetensors")
+    if distributed.several():
+      with open(path, "rb") as f:
+        distributed.check_same(path, {"checksum": zlib.crc32(f.read())})
+    params = jax.tree.map(jax.numpy.asarray, weights.load_tree(path))
+    return self.records[verdict.best]["step"], self._job.layout.build(lambda tree: tree, params)
 
   def notes(self, verdict: Verdict) -> list[str]:
     """Sentences for the report: what the reward cost, from the first record to the best."""

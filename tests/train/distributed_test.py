@@ -41,10 +41,11 @@ class DistributedTest(parameterized.TestCase):
   def test_alone_everybody_is_here(self):
     self.assertEqual(distributed.exchange("x", "mine"), ["mine"])
     distributed.check_same("config", {"a": 1})
+    self.assertEqual(distributed.from_first("value", {"a": 1}), {"a": 1})
     done = []
     distributed.on_first("work", lambda: done.append(1))
     self.assertEqual(done, [1])
-    self.assertFalse(distributed.stop_requested(3))
+    self.assertFalse(distributed.stop_requested())
     with distributed.joined(None, None, None) as count:
       self.assertEqual(count, 1)
 

@@ -145,7 +145,7 @@ class PolicyTest(absltest.TestCase):
     for number, decay in ((0, 0.0), (200, 0.2), (9000, 0.5)):
       late = dataclasses.replace(state, step=jnp.int32(number), params=moved)
       expected = jax.tree.map(lambda o, p, d=decay: d * o + (1 - d) * p, state.old, moved)
-      close(self, policy.move_old(late).old, expected)
+      close(self, made.move_old(late).old, expected)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import numpy as np
 from absl.testing import absltest
 
 from elasticdit_jax.flow import sampler, stochastic
-from elasticdit_jax.train import losses, policy, rewards, rollout
+from elasticdit_jax.train import losses, policy, rewards, rollout, sharding
 from elasticdit_jax.train.prompts import Prompt
 from elasticdit_jax.train.step import FlowConfig
 from tests.evals import tiny_model
@@ -39,6 +39,7 @@ def make(objective, plan=PLAN):
     codecs=model.codecs,
     encoder=model.encoder,
     flow=FlowConfig(0.0, 1.0, 3.0, 16),
+    layout=sharding.one_device(),
     config=types.SimpleNamespace(data=types.SimpleNamespace(size=tiny_model.SIZE)),
   )
   reward = rewards.Reward({("red", "words"): _red}, {"red": 1.0, "words": 0.0})
