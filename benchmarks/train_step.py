@@ -227,15 +227,15 @@ def take_turns(candidates: Sequence[Timed], repeats: int) -> list[float]:
   peaks = []
   for turn in range(repeats + 1):
     for candidate in candidates:
-      cpu, wall = _clock(candidate.call)
+      cpu, wall = clock(candidate.call)
       if turn:  # the first one warms up
         candidate.seconds.append((cpu, wall))
-    cpu, _ = _clock(lambda: jax.block_until_ready(product(x)))
+    cpu, _ = clock(lambda: jax.block_until_ready(product(x)))
     peaks.append(2 * 2048**3 / max(cpu, 1e-9))
   return peaks
 
 
-def _clock(call: Callable[[], None]) -> tuple[float, float]:
+def clock(call: Callable[[], None]) -> tuple[float, float]:
   cpu, wall = time.process_time(), time.perf_counter()
   call()
   return time.process_time() - cpu, time.perf_counter() - wall
