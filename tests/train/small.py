@@ -19,10 +19,10 @@ from tests.evals import tiny_model
 FLOW = {"mean": 0.0, "std": 1.0, "shift": 2.0, "tokens": 16}
 
 
-def config(workdir: pathlib.Path, **phases: int) -> ConfigDict:
+def config(workdir: pathlib.Path, factors: tuple[int, ...] = (8, 16), **phases: int) -> ConfigDict:
   """The uwco config with the small backbone, random VAEs, 64 px, no scores; phases by name."""
   vae = workdir.parent / "vae"
-  model = tiny_model.make()
+  model = tiny_model.make(factors)
   model_dir.save_codecs(vae, model.codecs)
   made = uwco.get_config("debug").unlock()
   made.init, made.vae = "", str(vae)

@@ -15,6 +15,8 @@ from tests.evals import tiny_model
 from tests.train import small
 
 _LITE = elastic.standard_routes(3, (1,))
+_losses = jax.jit(step.group_losses, static_argnums=(0, 1, 6, 8))
+_velocity = jax.jit(step.velocity, static_argnums=(0, 5))
 
 
 def setUpModule():
@@ -40,16 +42,17 @@ class StepTest(absltest.TestCase):
     cls.model = tiny_model.make((8,))
     cls.flow = step.FlowConfig(**small.FLOW)
     cls.batch = small.batch(cls.model.cfg)
-
-  def _make(self, distill=0.0):
+    cls.x0 = jax.jit(lambda codec, image: codec.encode(to_float(image)))(cls.model.codecs[8], cls.batch.image)
     config = small.optimizer(learning_rate=1e-2, warmup_steps=0, decay_fraction=0.0, weight_decay=0.1)
     config.name = "muon"  # with AdamW for everything outside the blocks
-    tx = optim.make(config, self.model.params, 1e-2)
-    update = step.make_step(self.model.cfg, self.flow, tx, ema_decay=0.9, distill=distill)
-    return state.create(jax.tree.map(jnp.copy, self.model.params), tx, 0), update
+    cls.tx = optim.make(config, cls.model.params, 1e-2)
+    cls.update = staticmethod(step.make_step(cls.model.cfg, cls.flow, cls.tx, ema_decay=0.9))
+
+  def _state(self):
+    return state.create(jax.tree.map(jnp.copy, self.model.params), self.tx, 0)
 
   def test_lite_phase_freezes_skipped_blocks_and_their_optimiser_state(self):
-    current, update = self._make()
+    current, update = self._state(), self.update
     both, lite = (_LITE["max-f8"], _LITE["lite-f8"]), (_LITE["lite-f8"],)
     current, _ = update(current, self.model.codecs, self.batch, group=both, trainable=both)
     skipped = [_leaves(t, "block_01") for t in (current.params, current.opt_state)]
@@ -64,53 +67,48 @@ class StepTest(absltest.TestCase):
   def test_metrics_are_the_flow_matching_losses_of_each_route(self):
     routes = (_LITE["max-f8"], _LITE["lite-f8"])
     key = jax.random.key(3)
-    x0 = self.model.codecs[8].encode(to_float(self.batch.image))
-    losses = jax.jit(step.group_losses, static_argnums=(0, 1, 6))
-    loss, metrics = losses(self.model.cfg, self.flow, self.model.params, {8: x0}, self.batch.text, key, routes)
+    x0 = self.x0
+    loss, metrics = _losses(self.model.cfg, self.flow, self.model.params, {8: x0}, self.batch.text, key, routes)
     time_key, noise_key = jax.random.split(jax.random.fold_in(key, 8))
     t = path.sample_t(time_key, (4,), shift=self.flow.shift_at(16))
     eps = jax.random.normal(noise_key, x0.shape)
     for route in routes:
       x_t = path.interpolate(x0, eps, t)
-      v = jax.jit(step.velocity, static_argnums=(0, 5))(
-        self.model.cfg, self.model.params, x_t, t, self.batch.text, route
-      )
+      v = _velocity(self.model.cfg, self.model.params, x_t, t, self.batch.text, route)
       self.assertAlmostEqual(float(metrics[f"loss/{route.name}"]), float(jnp.mean((v - (eps - x0)) ** 2)), places=5)
     self.assertAlmostEqual(float(loss), float(np.mean([float(m) for m in metrics.values()])), places=5)
 
   def test_distillation_is_the_distance_to_the_full_backbone_with_the_weights_of_the_teacher(self):
-    cfg, text, key = self.model.cfg, self.batch.text, jax.random.key(0)
-    x0 = self.model.codecs[8].encode(to_float(self.batch.image))
+    cfg, text, key, x0 = self.model.cfg, self.batch.text, jax.random.key(0), self.x0
     teacher = jax.tree.map(lambda x: 0.9 * x, self.model.params)
     group = (_LITE["lite-f8"], _LITE["max-f8"])
 
     def loss(distill, teacher):
-      return step.group_losses(cfg, self.flow, self.model.params, {8: x0}, text, key, group, teacher, distill)[0]
+      return _losses(cfg, self.flow, self.model.params, {8: x0}, text, key, group, teacher, distill)[0]
 
     x_t, t, _ = step.noised(cfg, self.flow, x0, key, 8)
-    guide = step.velocity(cfg, teacher, x_t, t, text, _LITE["max-f8"])
-    apart = [
-      float(jnp.mean((step.velocity(cfg, self.model.params, x_t, t, text, route) - guide) ** 2)) for route in group
-    ]
+    guide = _velocity(cfg, teacher, x_t, t, text, _LITE["max-f8"])
+    apart = [float(jnp.mean((_velocity(cfg, self.model.params, x_t, t, text, route) - guide) ** 2)) for route in group]
     self.assertAlmostEqual(float(loss(0.5, teacher) - loss(0.0, None)), 0.5 * np.mean(apart), places=5)
 
   def test_teacher_gets_no_gradient_and_stays_what_it_is(self):
-    current, _ = self._make()
+    current = self._state()
     current = dataclasses.replace(current, teacher=state.copy(current.params))
     before = jax.tree.map(np.asarray, current.teacher)
-    update = self._make(distill=1.0)[1]
+    update = step.make_step(self.model.cfg, self.flow, self.tx, ema_decay=0.9, distill=1.0)
     group = (_LITE["lite-f8"],)
     current, _ = update(current, self.model.codecs, self.batch, group=group, trainable=group, distilled=True)
     small.same(self, before, current.teacher)
 
   def test_deterministic_and_one_trace_per_group(self):
-    (a, update), (b, _) = self._make(), self._make()
-    group = (_LITE["lite-f8"],)
+    a, b, update = self._state(), self._state(), self.update
+    group, sizes = (_LITE["lite-f8"],), []
     for _ in range(2):
       a, _ = update(a, self.model.codecs, self.batch, group=group, trainable=group)
       b, _ = update(b, self.model.codecs, self.batch, group=group, trainable=group)
+      sizes.append(update._cache_size())
     small.same(self, a.params, b.params)
-    self.assertEqual(update._cache_size(), 1)
+    self.assertEqual(sizes[0], sizes[1])
 
 
 if __name__ == "__main__":

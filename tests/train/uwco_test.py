@@ -9,8 +9,9 @@ from absl.testing import absltest
 
 from elasticdit_jax import elastic
 from elasticdit_jax.generate import Pipeline
-from elasticdit_jax.interop import weights
+from elasticdit_jax.interop import model_dir, weights
 from elasticdit_jax.train import step, uwco, workdir
+from tests.evals import tiny_model
 from tests.train import small
 
 
@@ -43,6 +44,18 @@ def _dies_at(number):
   return mock.patch.object(step, "make_step", make_step)
 
 
+def _made_once():
+  """make_step that gives one update to every run of the test: what runs share is compiled once."""
+  made, original = [], step.make_step
+
+  def make_step(*args, **kwargs):
+    made.extend([] if made else [original(*args, **kwargs)])
+    # A restored state is tied to its device, and programs for such states are others.
+    return lambda current, *rest, **named: made[0](jax.device_put(current, jax.devices()[0]), *rest, **named)
+
+  return mock.patch.object(step, "make_step", make_step)
+
+
 def _listens(heard):
   """make_step whose update notes (distilled, teacher before the step, EMA before the step) in `heard`."""
   original = step.make_step
@@ -64,23 +77,28 @@ class UwcoTest(absltest.TestCase):
     super().setUp()
     self.enter_context(small.small_backbone())
     self.workdir = small.new_workdir(self)
-    self.config = small.config(self.workdir, init=1, warmup=3, specialise=4, recover=2)
+    # One VAE: a second doubles the programs.
+    self.config = small.config(self.workdir, (16,), init=1, warmup=3, specialise=4, recover=2)
+    init = self.workdir.parent / "given"
+    model_dir.save(init, tiny_model.make((16,)))
     with self.config.unlocked():
+      self.config.init = str(init)  # a compiled initialiser would take longer than a phase
       self.config.phases.init.routes = "max-f16"
+      self.config.phases.warmup.routes = self.config.phases.recover.routes = "max-f16+lite-f16"
       self.config.phases.specialise.routes = "lite-f16"
-    small.reuse_programs(self)
 
   def test_run_that_dies_inside_a_phase_ends_like_one_that_does_not(self):
     other = self.workdir.parent / "other"
     heard = []
-    with _listens(heard):
-      uwco.run(self.config, str(self.workdir))
+    self.enter_context(_made_once())
+    with _listens(heard), mock.patch.object(uwco, "Snapshots"):
+      uwco.run(self.config, str(other))
     self._check_teacher(heard)
     with _dies_at(7), self.assertRaises(_KilledError):
-      uwco.run(self.config, str(other))
-    self.assertFalse((other / "model").exists())
-    uwco.run(self.config, str(other))
-    straight, resumed = (weights.load_tree(w / "model" / "dit.safetensors") for w in (self.workdir, other))
+      uwco.run(self.config, str(self.workdir))
+    self.assertFalse((self.workdir / "model").exists())
+    uwco.run(self.config, str(self.workdir))
+    straight, resumed = (weights.load_tree(w / "model" / "dit.safetensors") for w in (other, self.workdir))
     small.same(self, straight, resumed)
     self._check_files()
 
