@@ -32,7 +32,7 @@ TASKS = {
 }
 
 # Tasks that several processes can share.
-SHARED_TASKS = ("uwco", "pretrain")
+SHARED_TASKS = ("uwco", "pretrain", "grpo")
 
 _REMEDIES = {
   errno.ENOSPC: "make room there, or choose another --workdir",

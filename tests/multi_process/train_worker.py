@@ -30,13 +30,18 @@ def config_of(vae: str, changes: dict[str, str]):
   made.train.update({"log_every": 1, "save_every": 2})
   for name in made.phases:
     made.phases[name].steps = 4 if name == "warmup" else 0
+  return changed(made, changes)
+
+
+def changed(config, changes: dict[str, str]):
+  """The config, locked, with these fields, by dotted name."""
   for name, text in changes.items():
     *sections, field = name.split(".")
-    node = made
+    node = config
     for section in sections:
       node = node[section]
     node[field] = type(node[field])(text)
-  return made.lock()
+  return config.lock()
 
 
 def _noting(losses: list):
