@@ -33,9 +33,9 @@ def get_config(arg: str = "") -> ConfigDict:
     {
       "coarse": {"steps": 0, "routes": "max-f16"},
       "init": {"steps": 0, "routes": "max-f8,max-f8,max-f16"},
-      "warmup": {"steps": 200, "routes": f"{pair_8},{pair_8},{pair_16}"},
-      "specialise": {"steps": 800, "routes": "lite-f8,lite-f8,lite-f16"},
-      "recover": {"steps": 640, "routes": f"{pair_8},{pair_8},{pair_16}"},
+      "warmup": {"steps": 160, "routes": f"{pair_8},{pair_8},{pair_16}"},
+      "specialise": {"steps": 600, "routes": "lite-f8,lite-f8,lite-f16"},
+      "recover": {"steps": 520, "routes": f"{pair_8},{pair_8},{pair_16}"},
     }
   )
   config.optimizer.update({"learning_rate": 2e-3, "decay_fraction": 0.5})
