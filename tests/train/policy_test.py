@@ -88,15 +88,16 @@ class PolicyTest(absltest.TestCase):
     part = jax.tree.map(lambda a: a[index % COUNT], text)
     null = jax.tree.map(lambda a: jnp.asarray(np.repeat(a, 2, axis=0)), m.encoder.encode([""]))
     at = jax.tree.map(lambda column: column[index], row)
-    v_null = step.velocity(m.cfg, m.params, x[index], at.t, null, route)
+    velocity = jax.jit(step.velocity, static_argnums=(0, 5))
+    v_null = velocity(m.cfg, m.params, x[index], at.t, null, route)
 
     def value(params):
-      v = v_null + 3.0 * (step.velocity(m.cfg, params, x[index], at.t, part, route) - v_null)
+      v = v_null + 3.0 * (velocity(m.cfg, params, x[index], at.t, part, route) - v_null)
       log_prob = stochastic.log_prob(goal[index], stochastic.mean(x[index], v, at), at)
       return -jnp.sum(advantage[index % COUNT] * log_prob) / 2
 
     found, _ = gradients(m.params, index, [0.5, 0.5], guidance=3.0)
-    close(self, found, jax.grad(value)(m.params))
+    close(self, found, jax.jit(jax.grad(value))(m.params))
 
   def test_old_velocities_make_the_ratio_of_a_late_update(self):
     index = np.array([0, 1, 4, 7])
