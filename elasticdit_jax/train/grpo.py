@@ -25,7 +25,7 @@ from absl import logging
 from elasticdit_jax import elastic
 from elasticdit_jax.elastic import Route
 from elasticdit_jax.interop import model_dir
-from elasticdit_jax.train import aligned, distributed, guard, loop, optim, policy
+from elasticdit_jax.train import aligned, distributed, guard, interrupt, loop, optim, policy
 from elasticdit_jax.train.checkpoint import Checkpointer, check_space
 from elasticdit_jax.train.policy import PolicyState
 from elasticdit_jax.train.prompts import Prompt
@@ -58,11 +58,17 @@ def run(config: Any, workdir: str) -> None:
 
   Raises:
     ValueError: for a config or a workdir that does not fit; nothing has been written or drawn then.
+    SystemExit: with code 0, where a stop is asked for while the first scores of a reward server are waited for.
   """
   check_workdir(workdir, config, NEUTRAL)
   fields = {name: value for name, value in flat_fields(config).items() if name != _OF_HOST}
   distributed.check_same("config", fields | {"--workdir": os.path.abspath(workdir)})
-  Run(aligned.prepare(config, workdir)).execute()
+  try:
+    setup = aligned.prepare(config, workdir)
+  except interrupt.StopError:
+    logging.warning("stopped before the first step, nothing is written")
+    raise SystemExit(0) from None
+  Run(setup).execute()
 
 
 class Run:
@@ -132,7 +138,7 @@ class Run:
       meta=lambda n: {
         "phase": config.objective.name,
         "routes": elastic.routes_to_json(self.setup.routes),
-        "rewards": self._rewards,
+        "rewards": list(self._rewards),  # saved in the background, while the next epoch adds its own
         "silent": self._silent,
       },
       restored=self._go_back,

@@ -10,7 +10,7 @@ from absl.testing import absltest
 from configs import grpo as grpo_config
 from elasticdit_jax.generate import Pipeline
 from elasticdit_jax.interop import model_dir, weights
-from elasticdit_jax.train import aligned, grpo, policy, rewards, watch
+from elasticdit_jax.train import aligned, grpo, policy, rewards, sharding, watch
 from tests.evals import tiny_model
 from tests.train import small
 
@@ -119,6 +119,34 @@ class GrpoTest(absltest.TestCase):
     small.same(self, self._model(self.workdir), self._model(self.workdir.parent, "given"))
     notes = snapshots.return_value.report.call_args.kwargs["notes"]
     self.assertEqual(notes[-1], "Stopped at epoch 2: it is a test.")
+
+  def test_a_rollback_forgets_what_was_seen_since_that_checkpoint(self):
+    """Without drawing: epoch 3 diverges once, after the checkpoint of epoch 2."""
+    seen = []
+
+    def epoch(self, state, prompts, n):
+      seen.append((n, list(self._rewards), [row.text for row in prompts]))
+      self._rewards.append(float(n))
+      return state.advanced(), {"loss": np.nan if n == 2 and len(seen) == 3 else 0.5}
+
+    changes = {"train": {"save_every": 2, "log_every": 1}, "guard": {"rollbacks": 1}, "watch": {"every": 4}}
+    with (
+      mock.patch.object(grpo.Run, "_epoch", epoch),
+      mock.patch.object(grpo.Run, "look", lambda self, n, state: state),
+      mock.patch.object(grpo, "Watch") as look,
+      mock.patch.object(grpo, "Snapshots"),
+    ):
+      grpo.run(self._changed(**changes), str(self.workdir))
+    self.assertEqual([n for n, *_ in seen], [0, 1, 2, 2, 3])
+    self.assertEqual([rewards for _, rewards, _ in seen[2:]], [[0.0, 1.0], [0.0, 1.0], [0.0, 1.0, 2.0]])
+    self.assertNotEqual(seen[2][2], seen[3][2])  # other prompts
+    look.return_value.go_back.assert_called_once_with(2)
+
+  def test_a_batch_that_the_devices_cannot_share_is_explained(self):
+    with mock.patch.object(sharding, "from_config", return_value=mock.Mock(batch_shards=3)):
+      with self.assertRaisesRegex(ValueError, "config.rollout.batch: expected a multiple of the 3 parts .*, got 4"):
+        grpo.run(self.config, str(self.workdir))
+    self.assertFalse(self.workdir.exists())
 
   def test_nothing_to_compare_is_explained(self):
     def blank(images, prompts, metadata):
