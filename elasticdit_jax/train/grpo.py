@@ -13,7 +13,6 @@ statistic, so that every host decides alike, and as one host alone would.
 
 import contextlib
 import dataclasses
-import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -25,7 +24,7 @@ from absl import logging
 from elasticdit_jax import elastic
 from elasticdit_jax.elastic import Route
 from elasticdit_jax.interop import model_dir
-from elasticdit_jax.train import aligned, distributed, guard, interrupt, loop, optim, policy
+from elasticdit_jax.train import aligned, distributed, interrupt, loop, optim, policy
 from elasticdit_jax.train.checkpoint import Checkpointer, check_space
 from elasticdit_jax.train.policy import PolicyState
 from elasticdit_jax.train.prompts import Prompt
@@ -40,7 +39,8 @@ NEUTRAL = (
   "train.log_every",
   "train.save_every",
   "mesh",
-  "guard",
+  "optimizer.warmup_steps",  # of runs that were begun when there was a choice
+  "optimizer.decay_fraction",
   "rollout.batch",
   "report.per_task",
   "rewards.servers",
@@ -84,15 +84,16 @@ class Run:
   def execute(self) -> None:
     """Restores or initialises, trains, and reports."""
     job, config, setup = self.job, self.config, self.setup
-    schedule = optim.schedule(config.optimizer, config.train.epochs * config.objective.updates)
-    self.policy = setup.policy(lambda trained: optim.make(config.optimizer, trained, schedule))
+    fields = aligned.optimizer_fields(config)
+    schedule = optim.schedule(fields, config.train.epochs * config.objective.updates)
+    self.policy = setup.policy(lambda trained: optim.make(fields, trained, schedule))
     self.sampler = Sampler(job, setup.plan, self.policy.objective, config.objective.spread, setup.reward)
     current = self.policy.create(setup.weights, config.seed)
     distributed.on_first("workdir", lambda: check_space(job.workdir, current))
     claim_workdir(job.workdir, config, NEUTRAL)
     every = {*range(0, config.train.epochs, config.watch.every), config.train.epochs}
     with Checkpointer(job.workdir, keep=config.train.keep) as checkpoint:
-      current, start, skipped = self._restore(checkpoint, current)
+      current, start = self._restore(checkpoint, current)
       logging.info("%s", job.layout.describe())
       with Writer(job.workdir, start) as writer:
         self.snapshots = Snapshots(job, writer)
@@ -104,29 +105,21 @@ class Run:
             self._epoch,
             self._settings(),
             start=start,
-            skipped=skipped,
             checkpoint=checkpoint,
             writer=writer,
             hooks={n: lambda s, n=n: self.look(n, s) for n in every},
           )
 
-  def _restore(self, checkpoint: Checkpointer, template: PolicyState) -> tuple[PolicyState, int, int]:
+  def _restore(self, checkpoint: Checkpointer, template: PolicyState) -> tuple[PolicyState, int]:
     restored = checkpoint.restore_latest(template)
     if not restored:
-      return template, 0, 0
+      return template, 0
     current, meta = restored
-    self._take(meta)
-    return current, int(current.step), meta["skipped"]
-
-  def _take(self, meta: Mapping[str, Any]) -> None:
     self._rewards, self._silent = list(meta["rewards"]), meta.get("silent", 0)
-
-  def _go_back(self, meta: Mapping[str, Any]) -> None:
-    """After a rollback: what was seen and counted since that checkpoint did not happen."""
-    self._take(meta)
-    self.watch.go_back(meta["data_step"] - meta["skipped"])
+    return current, int(current.step)
 
   def _settings(self) -> loop.Settings:
+    """Settings.guard stays off: numbers that are not finite end the run, nothing is ever restored on the way."""
     config, plan = self.config, self.setup.plan
     return loop.Settings(
       stop=config.train.epochs,
@@ -141,15 +134,13 @@ class Run:
         "rewards": list(self._rewards),  # saved in the background, while the next epoch adds its own
         "silent": self._silent,
       },
-      restored=self._go_back,
-      guard=guard.Guard(config.guard.rollbacks, config.guard.hang_seconds),
     )
 
   def _group(self, n: int) -> tuple[Route, ...]:
     return self.groups[n % len(self.groups)]
 
   def _prompts(self, start: int) -> Iterator[list[Prompt]]:
-    for n in itertools.count(start):
+    for n in range(start, self.config.train.epochs):
       yield self.setup.prompts.draw(self.config.rollout.prompts, self.config.seed, n)
 
   def _epoch(self, state: PolicyState, prompts: Sequence[Prompt], n: int) -> tuple[PolicyState, dict[str, float]]:

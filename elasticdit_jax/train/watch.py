@@ -134,12 +134,8 @@ class Watch:
     if start and os.path.isfile(self._path):
       with open(self._path) as f:
         self.records = json.load(f)
-    self.records = distributed.from_first("watch", self.records)
-    self.go_back(start)
-
-  def go_back(self, step: int) -> None:
-    """Forgets what was seen from `step` on: the look at it happens again."""
-    self.records = [record for record in self.records if record["step"] < step]
+    # The hook of step `start` happens again.
+    self.records = [record for record in distributed.from_first("watch", self.records) if record["step"] < start]
 
   def look(
     self, step: int, params: Any, model: Callable[[], model_dir.Model], training_reward: float | None
