@@ -2,8 +2,8 @@
 
     python -m elasticdit_jax.main --config=configs/pretrain.py
 
-This command made the flex-max weights inside the package, in 44 minutes on two CPU cores that had other work too.
-Strict score to expect, seen / unseen combinations, +- 3: max-f8 85 / 80, max-f16 89 / 85. Captions are learned along
+This command made the flex-max weights inside the package, in 45 minutes on two CPU cores that had other work too.
+Strict score to expect, seen / unseen combinations, +- 3: max-f8 84 / 77, max-f16 86 / 81. Captions are learned along
 f16 first, at a quarter of the tokens. For your own pictures, with fine-tuning from given weights:
 
     python -m elasticdit_jax.main --config=configs/pretrain.py --config.data.source=folder --config.data.path=DIR
