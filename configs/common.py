@@ -47,12 +47,12 @@ def _parse_value(key: str, text: str | None, default: Any) -> Any:
   raise ValueError(f"argument {given!r} after the colon: expected {key}=<{kind.__name__}>")
 
 
-def scenes_data(*, seed: int, size: int, batch_size: int, split: str = "train") -> ConfigDict:
+def scenes_data(*, seed: int, size: int, batch_size: int) -> ConfigDict:
   """The `data` section of a config: rendered scenes, or with `source="folder"` the captioned pictures under `path`."""
   return ConfigDict(
     {
       "source": "scenes",
-      "split": split,
+      "tasks": "",  # of scenes, say "counting=2,position=1"; empty: as the weights inside the package saw them
       "path": "",
       "size": size,
       "caption_field": "text",

@@ -43,9 +43,8 @@ def get_config(arg: str = "") -> ConfigDict:
   config.seed = 0
   config.factor = args.factor
   # The codec may see every combination of colours and shapes: it reads no captions.
-  config.data = common.scenes_data(
-    seed=7, size=64 if args.debug else 128, batch_size=4 if args.debug else 8, split="any"
-  )
+  config.data = common.scenes_data(seed=7, size=64 if args.debug else 128, batch_size=4 if args.debug else 8)
+  config.data.split = "any"
   config.data.caption_field = ""
   config.optimizer = common.adamw(learning_rate=2e-3, warmup_steps=100, decay_fraction=0.5, weight_decay=1e-4)
   config.train = ConfigDict({"ema_decay": 0.995, "log_every": 100, "save_every": 1000})

@@ -17,7 +17,7 @@ from typing import Protocol
 import grain
 import numpy as np
 
-from elasticdit_jax.data import scenes
+from elasticdit_jax.data import scene_prompts, scenes
 from elasticdit_jax.data.folder import FolderSource
 from elasticdit_jax.data.text import WordEncoder, build_vocabulary
 from elasticdit_jax.types import Batch
@@ -56,11 +56,13 @@ class ScenesSource:
     seed: names the world; training and validation use different ones.
     size: side of the pictures in pixels.
     split: "train", "unseen" or "any": which combinations appear (see `scenes.render`).
+    task_weights: relative frequency of the tasks.
   """
 
   seed: int
   size: int = 128
   split: str = "train"
+  task_weights: tuple[float, ...] = scenes.TASK_WEIGHTS
   free_text = False
 
   def order(self, seed: int | None) -> grain.MapDataset:
@@ -70,7 +72,7 @@ class ScenesSource:
 
   def read(self, keys: np.ndarray) -> tuple[np.ndarray, list[str], np.ndarray]:
     """Renders all rows in one call; see `Source.read`."""
-    made = scenes.render(keys, seed=self.seed, size=self.size, split=self.split)
+    made = scenes.render(keys, seed=self.seed, size=self.size, split=self.split, task_weights=self.task_weights)
     return made.image, list(made.caption), np.zeros(len(keys), np.int32)
 
 
@@ -251,8 +253,9 @@ def source_from_config(data) -> tuple[Source, Source, WordEncoder]:
   """The sources that a config asks for.
 
   Args:
-    data: object with the fields source, split, path, size, caption_field, seed, max_bad_fraction, text_length,
-      text_dim and max_words. A folder with caption_field "" is read without captions: for tasks that need none.
+    data: object with the fields source, path, size, caption_field, seed, max_bad_fraction, text_length, text_dim and
+      max_words; for scenes perhaps `split` ("train" without) and `tasks` ("counting=7,position=5": how often training
+      shows each). A folder with caption_field "" is read without captions: for tasks that need none.
 
   Returns:
     Training source, validation source (other scenes, or held-out files) and the encoder of their captions.
@@ -266,8 +269,12 @@ def source_from_config(data) -> tuple[Source, Source, WordEncoder]:
   if data.source == "scenes" and data.path:
     raise ValueError(f"data.path: source 'scenes' reads no folder, got {data.path!r}; add --config.data.source=folder")
   if data.source == "scenes":
-    train = ScenesSource(_derive(data.seed, "train"), data.size, data.split)
-    validation = ScenesSource(_derive(data.seed, "validation"), data.size, data.split)
+    split, tasks = getattr(data, "split", "train"), getattr(data, "tasks", "")
+    validation = ScenesSource(_derive(data.seed, "validation"), data.size, split)
+    train = dataclasses.replace(validation, seed=_derive(data.seed, "train"))
+    if tasks:
+      named = scene_prompts.parse_weights(tasks, scenes.TASKS, "data.tasks")
+      train = dataclasses.replace(train, task_weights=tuple(named.get(task, 0.0) for task in scenes.TASKS))
     if data.text_length < scenes.MAX_WORDS:
       raise ValueError(f"data.text_length: scenes need at least {scenes.MAX_WORDS} words, got {data.text_length}")
     try:  # what cannot be rendered is refused now, not by a thread at the first step

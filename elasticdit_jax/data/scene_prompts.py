@@ -18,6 +18,8 @@ import dataclasses
 import difflib
 import functools
 import itertools
+import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -227,3 +229,26 @@ def eval_prompts(per_task: int, split: str, seed: int = 0) -> list[Prompt]:
     rows = [cycles[i % len(order)][i // len(order)] for i in range(per_task)]
     prompts += [Prompt(task, row.caption) for row in rows]
   return prompts
+
+
+def parse_weights(text: str, known: Sequence[str], field: str) -> dict[str, float]:
+  """Reads "counting=7,position=5": relative frequency of tasks; those not named have none.
+
+  Raises:
+    ValueError: naming `field`, for a task that is not one of `known`, twice the same, or no weight above 0.
+  """
+  weights = {}
+  for item in text.split(","):
+    tag, _, value = (part.strip() for part in item.partition("="))
+    if tag not in known or tag in weights:
+      raise ValueError(f"{field}: expected each task once, of {', '.join(known)}, got {item!r} in {text!r}")
+    try:
+      weights[tag] = float(value)
+    except ValueError:
+      weights[tag] = -1.0
+    if not 0 <= weights[tag] < math.inf:
+      raise ValueError(f"{field}: {tag}: expected a weight of at least 0 like {tag}=1, got {value!r}")
+  weights = {tag: weight for tag, weight in weights.items() if weight}
+  if not weights:
+    raise ValueError(f"{field}: expected a weight above 0, got {text!r}")
+  return weights

@@ -103,16 +103,7 @@ class DiTConfig:
 
 SIZES = {
   "tiny": DiTConfig(
-    96,
-    8,
-    32,
-    mlp_ratio=2.5,
-    activation="relu2",
-    text_dim=64,
-    text_length=8,
-    text_pool="flatten",
-    block_side=2,
-    rope_theta=100.0,
+    96, 8, 32, 2.5, "relu2", text_dim=64, text_length=8, text_pool="flatten", block_side=2, rope_theta=100.0
   ),
   "S": DiTConfig(512, 16, 64),
   "B": DiTConfig(768, 24, 64),

@@ -19,6 +19,7 @@ import numpy as np
 from elasticdit_jax.data import scene_prompts
 from elasticdit_jax.data.text import split_words
 
+_FIELD = "config.prompts.tasks"
 _NO_TAG = "all"
 
 
@@ -80,7 +81,7 @@ def scenes(weights: str, held_out: float) -> Prompts:
   Raises:
     ValueError: for an unknown task, a bad weight or share.
   """
-  parsed = _parse_weights(weights, scene_prompts.TASKS)
+  parsed = scene_prompts.parse_weights(weights, scene_prompts.TASKS, _FIELD)
   rows = [
     Prompt(spec.caption, spec.task, {"tag": spec.task, "prompt": spec.caption})
     for spec in scene_prompts.specs()
@@ -112,7 +113,7 @@ def from_file(path: str, weights: str, held_out: float) -> Prompts:
   tags = {row.tag: 0.0 for row in rows}
   for row in rows:
     tags[row.tag] += 1.0
-  parsed = _parse_weights(weights, tuple(tags)) if weights else tags
+  parsed = scene_prompts.parse_weights(weights, tuple(tags), _FIELD) if weights else tags
   return _split([row for row in rows if row.tag in parsed], parsed, held_out)
 
 
@@ -128,26 +129,6 @@ def _parse_line(line: str, where: str) -> Prompt:
   if not isinstance(text, str) or not split_words(text):
     raise ValueError(f"{where}: expected a prompt, or JSON with a field 'prompt', got {line!r:.80}; remove the line")
   return Prompt(text, str(fields.get("tag", _NO_TAG)), fields)
-
-
-def _parse_weights(text: str, known: Sequence[str]) -> dict[str, float]:
-  weights = {}
-  for item in text.split(","):
-    tag, _, value = (part.strip() for part in item.partition("="))
-    if tag not in known or tag in weights:
-      raise ValueError(
-        f"config.prompts.tasks: expected each task once, of {', '.join(known)}, got {item!r} in {text!r}"
-      )
-    try:
-      weights[tag] = float(value)
-    except ValueError:
-      weights[tag] = -1.0
-    if not 0 <= weights[tag] < math.inf:
-      raise ValueError(f"config.prompts.tasks: {tag}: expected a weight of at least 0 like {tag}=1, got {value!r}")
-  weights = {tag: weight for tag, weight in weights.items() if weight}
-  if not weights:
-    raise ValueError(f"config.prompts.tasks: expected a weight above 0, got {text!r}")
-  return weights
 
 
 def _split(rows: Sequence[Prompt], weights: Mapping[str, float], share: float) -> Prompts:

@@ -1,3 +1,4 @@
+import collections
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import types
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from elasticdit_jax.data import folder, pipeline, scenes, text
+from elasticdit_jax.data import folder, pipeline, scene_prompts, scenes, text
 from elasticdit_jax.types import Batch
 from tests.data import pictures
 
@@ -197,6 +198,14 @@ class SourceFromConfigTest(parameterized.TestCase):
     (two,) = pipeline.validation_batch(validation, encoder, 4, 1)
     self.assertFalse(np.array_equal(one.image, two.image))
 
+  def test_tasks_weigh_training_alone(self):
+    train, validation, _ = pipeline.source_from_config(self.config(tasks="counting=3,colors=1"))
+    _, captions, _ = train.read(np.arange(400))
+    found = collections.Counter(scene_prompts.parse(caption).task for caption in captions)
+    self.assertEqual(set(found), {"counting", "colors"})
+    self.assertAlmostEqual(found["counting"] / 400, 0.75, delta=0.1)
+    self.assertEqual(validation.task_weights, scenes.TASK_WEIGHTS)
+
   def test_folder(self):
     path = pictures.new_folder(self)
     pictures.write_folder(path, 40)
@@ -229,6 +238,7 @@ class SourceFromConfigTest(parameterized.TestCase):
     ({"path": "/pictures"}, "data.path: source 'scenes' reads no folder, got '/pictures'; add --config.data.source="),
     ({"size": 33}, "^data.size: got 33"),
     ({"split": "test"}, "^data.split: got 'test'"),
+    ({"tasks": "counts=1"}, "^data.tasks: expected each task once, of single_obj.*, got 'counts=1'"),
     ({"text_length": 2}, "data.text_length"),
   )
   def test_mistakes(self, changes, pattern):
