@@ -68,7 +68,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.watch = ConfigDict({"every": 20, "prompts": 24, "pictures": 128, "loss": 0.05, "diversity": 0.5})
   config.watch.patience = 3
   config.report = ConfigDict({"per_task": 40, "steps": 20, "guidance": 1.0, "pictures": 8})
-  config.mesh = common.devices_and_guard().mesh
+  config.update({"mesh": common.devices_and_guard()["mesh"]})
   _variant(config, chosen[0] if chosen else "nft")
   if args.debug:
     _shrink(config)
