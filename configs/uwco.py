@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
       "init": {"steps": 0, "routes": "max-f8,max-f8,max-f16"},
       "warmup": {"steps": 160, "routes": f"{pair_8},{pair_8},{pair_16}"},
       "specialise": {"steps": 600, "routes": "lite-f8,lite-f8,lite-f16"},
-      "recover": {"steps": 520, "routes": f"{pair_8},{pair_8},{pair_16}"},
+      "recover": {"steps": 480, "routes": f"{pair_8},{pair_8},{pair_16}"},
     }
   )
   config.optimizer.update({"learning_rate": 2e-3, "decay_fraction": 0.5})
