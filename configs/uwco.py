@@ -38,7 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
       "recover": {"steps": 460, "routes": f"{pair_8},{pair_8},{pair_16}"},
     }
   )
-  config.optimizer.update({"learning_rate": 8e-4, "decay_fraction": 0.5})
+  config.optimizer.update({"learning_rate": 2e-3, "decay_fraction": 0.5})
   # Hundreds of steps, not thousands: a longer average would still hold the weights of the phase before.
   config.train.ema_decay = 0.99
   # Mostly the velocity of the given weights: a target without noise.
