@@ -8,7 +8,7 @@ from elasticdit_jax import config_file
 from tests.launch import cases
 
 _FILES = sorted(p for p in cases.LAUNCH.rglob("*") if p.is_file()) + [cases.LAUNCH.parent / "docs" / "pods.md"]
-# Where files are, how devices are laid out, how much they compute at a time; anything else is a hyper-parameter and belongs into configs/.
+# Where files are, how devices are laid out and how much they compute at a time; the rest belongs into configs/.
 _ENVIRONMENT = re.compile(r"(data\.path|vae|init|mesh\.\w+|rollout\.batch|train\.save_every)")
 
 
