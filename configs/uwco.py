@@ -5,13 +5,13 @@
 Starts from the flex-max weights inside the package, so phase 1 is done: importance analysis, hybrid warm-up, flex-lite
 specialisation, unified recovery, report. Open runs/uwco/report.md and runs/uwco/images.
 
-Takes 12.0 minutes and 2.7 GB on two idle CPU cores. Strict score to expect, seen / unseen
-combinations, +- 4: max-f8 83 / 80, lite-f8 78 / 72, max-f16 88 / 82, lite-f16 82 / 77; before phase 2 lite-f8 stands at
-4 / 6 and lite-f16 at 49 / 36.
+Takes 11.2 minutes and 3 GB on two idle CPU cores. Strict score to expect, seen / unseen
+combinations, +- 4: max-f8 85 / 78, lite-f8 83 / 74, max-f16 92 / 85, lite-f16 80 / 75; before phase 2 lite-f8 stands at
+22 / 11 and lite-f16 at 52 / 33.
 
     :debug     64 pixels, a few steps of every phase, under 90 s with compilation
-    :scratch   phase 1 from random weights as well; some 23 minutes by its CPU time. With a quarter more steps in
-               phase 1 it reached, unseen: max-f8 62, lite-f8 55, max-f16 68, lite-f16 67
+    :scratch   phase 1 from random weights as well; some 23 minutes by its CPU time. With a backbone of six blocks and
+               a quarter more steps in phase 1 it reached, unseen: max-f8 62, lite-f8 55, max-f16 68, lite-f16 67
     :paper     the pod-scale job: size L, 1024 pixels, bfloat16; needs --config.data.path=DIR (captioned pictures) and
                --config.vae=DIR (vae_f8.safetensors and vae_f16.safetensors for photographs)
 """
