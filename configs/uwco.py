@@ -6,8 +6,8 @@ Starts from the flex-max weights inside the package, so phase 1 is done: importa
 specialisation, unified recovery, report. Open runs/uwco/report.md and runs/uwco/images.
 
 Takes 11.2 minutes and 3 GB on two idle CPU cores. Strict score to expect, seen / unseen
-combinations, +- 4: max-f8 85 / 78, lite-f8 83 / 74, max-f16 92 / 85, lite-f16 80 / 75; before phase 2 lite-f8 stands at
-22 / 11 and lite-f16 at 52 / 33.
+combinations, +- 4: max-f8 83 / 88, lite-f8 83 / 75, max-f16 91 / 77, lite-f16 86 / 82; before phase 2 lite-f8 stands at
+21 / 14 and lite-f16 at 55 / 32.
 
     :debug     64 pixels, a few steps of every phase, under 90 s with compilation
     :scratch   phase 1 from random weights as well; some 23 minutes by its CPU time. With a backbone of six blocks and
