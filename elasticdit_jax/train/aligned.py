@@ -73,11 +73,6 @@ class Setup:
     return dataclasses.replace(made, tx=optimizer(shapes))
 
 
-def optimizer_fields(config: Any) -> dict[str, Any]:
-  """config.optimizer as train.optim reads it: the learning rate is constant."""
-  return {**config.optimizer, "warmup_steps": 0, "decay_fraction": 0.0}
-
-
 def objective_of(config: Any) -> losses.Objective:
   """config.objective as a value."""
   fields = {field.name: config[field.name] for field in dataclasses.fields(losses.Objective)}
@@ -94,7 +89,7 @@ def prepare(config: Any, workdir: str) -> Setup:
   if not config.init:
     raise ValueError("config.init: alignment needs a finished model; give its directory, a workdir, or 'shipped'")
   # Cheap checks first: pictures are read last.
-  optim.schedule(optimizer_fields(config), config.train.epochs)
+  optim.schedule(config.optimizer, config.train.epochs)
   layout = _layout(config)
   model = model_dir.load(job_lib.init_directory(config))
   resolved = _resolved(config, model)

@@ -84,9 +84,8 @@ class Run:
   def execute(self) -> None:
     """Restores or initialises, trains, and reports."""
     job, config, setup = self.job, self.config, self.setup
-    fields = aligned.optimizer_fields(config)
-    schedule = optim.schedule(fields, config.train.epochs * config.objective.updates)
-    self.policy = setup.policy(lambda trained: optim.make(fields, trained, schedule))
+    schedule = optim.schedule(config.optimizer, config.train.epochs * config.objective.updates)
+    self.policy = setup.policy(lambda trained: optim.make(config.optimizer, trained, schedule))
     self.sampler = Sampler(job, setup.plan, self.policy.objective, config.objective.spread, setup.reward)
     current = self.policy.create(setup.weights, config.seed)
     distributed.on_first("workdir", lambda: check_space(job.workdir, current))

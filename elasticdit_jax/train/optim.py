@@ -2,8 +2,8 @@
 
   config.optimizer:  name            "adamw" | "muon" (matrices inside blocks; everything else on AdamW)
                      learning_rate   peak; the same for both, because Muon's steps are scaled to AdamW's typical size
-                     warmup_steps    linear from 0
-                     decay_fraction  last part of the run, linear to 0 ("constant, then linear tail")
+                     warmup_steps    linear from 0; absent: none
+                     decay_fraction  last part of the run, linear to 0 ("constant, then linear tail"); absent: none
                      weight_decay    decoupled, times the learning rate; not on vectors
                      b1, b2          AdamW moments
                      clip_norm       global norm over the trainable leaves; 0 switches clipping off
@@ -34,24 +34,30 @@ def schedule(config: Mapping[str, Any], total_steps: int) -> optax.Schedule:
     ValueError: naming the field of config.optimizer that is out of range.
   """
   _check(config, total_steps)
-  peak, warmup = config["learning_rate"], config["warmup_steps"]
-  tail = max(1.0, config["decay_fraction"] * total_steps)
+  peak, (warmup, decay) = config["learning_rate"], _shape(config)
+  tail = max(1.0, decay * total_steps)
 
   def learning_rate(count: jax.typing.ArrayLike) -> jax.Array:
     count = jnp.asarray(count, jnp.float32)
     rising = jnp.minimum(1.0, (count + 1) / max(1, warmup))
-    falling = jnp.clip((total_steps - count) / tail, 0.0, 1.0) if config["decay_fraction"] else 1.0
+    falling = jnp.clip((total_steps - count) / tail, 0.0, 1.0) if decay else 1.0
     return peak * rising * falling
 
   return learning_rate
 
 
+def _shape(config: Mapping[str, Any]) -> tuple[int, float]:
+  """(warmup_steps, decay_fraction); a config without them has a constant rate."""
+  return config.get("warmup_steps", 0), config.get("decay_fraction", 0.0)
+
+
 def _check(config: Mapping[str, Any], total_steps: int) -> None:
+  warmup, decay = _shape(config)
   for field, good, expected in (
     ("name", config["name"] in ("adamw", "muon"), "adamw or muon"),
     ("learning_rate", config["learning_rate"] > 0, "a positive number"),
-    ("warmup_steps", config["warmup_steps"] >= 0, "a number of steps"),
-    ("decay_fraction", 0 <= config["decay_fraction"] <= 1, "a fraction in [0, 1]"),
+    ("warmup_steps", warmup >= 0, "a number of steps"),
+    ("decay_fraction", 0 <= decay <= 1, "a fraction in [0, 1]"),
     ("weight_decay", config["weight_decay"] >= 0, "zero or a positive number"),
     ("b1", 0 <= config["b1"] < 1, "a number in [0, 1)"),
     ("b2", 0 <= config["b2"] < 1, "a number in [0, 1)"),

@@ -20,7 +20,7 @@ from elasticdit_jax.train import aligned, grpo, rewards, rollout, sharding
 from elasticdit_jax.train.prompts import Prompt
 from elasticdit_jax.train.step import FlowConfig
 from tests.evals import tiny_model
-from tests.multi_device.step_cases import _apart, _parts
+from tests.multi_device.step_cases import apart, parts
 
 # Dense, skipped, sparse.
 ROUTE = elastic.Route("d2-s25-f8", (True, False, True), (0.0, 0.0, 0.5), 8)
@@ -86,13 +86,13 @@ def main() -> None:
   sys.stdout.write(
     json.dumps(
       {
-        "state": max(_apart(a, b) for a, b in zip(*map(jax.tree.leaves, states), strict=True)),
+        "state": max(apart(a, b) for a, b in zip(*map(jax.tree.leaves, states), strict=True)),
         "moved": float(np.abs(got.params["block_00"]["image_out"]["kernel"]["b"]).max()),
         "metrics": {k: [metrics[k], want_metrics[k]] for k in want_metrics},
-        "drawn": {name: _apart(getattr(drawn, name), getattr(want_drawn, name)) for name in names},
+        "drawn": {name: apart(getattr(drawn, name), getattr(want_drawn, name)) for name in names},
         "advantage": want_drawn.advantage.tolist(),
         "stays": [str(a.sharding) for a in jax.tree.leaves(got)] == [str(a.sharding) for a in jax.tree.leaves(before)],
-        "parts": _parts(got),
+        "parts": parts(got),
         "rows": drawn.x.addressable_shards[0].data.shape[0] / len(drawn.x),
       }
     )

@@ -1,12 +1,9 @@
 """An epoch of alignment over 8 devices is the epoch on one; in its own process, because devices are counted early."""
 
-import json
-import os
-import subprocess
-import sys
-
 import numpy as np
 from absl.testing import absltest
+
+from tests.multi_device import reports
 
 # Relative to the largest value of an array, in float32: sums in another order.
 _TOLERANCE = 1e-5
@@ -17,12 +14,7 @@ class ShardedEpochTest(absltest.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    command = [sys.executable, "-m", "tests.multi_device.grpo_cases"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-      raise AssertionError(done.stderr)
-    cls.report = json.loads(done.stdout)
+    cls.report = reports.read("grpo_cases")
 
   def test_draws_and_scores_what_one_device_does(self):
     self.assertGreater(np.std(self.report["advantage"]), 0.5)

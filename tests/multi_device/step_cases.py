@@ -57,13 +57,13 @@ def _run(layout, accumulate=1):
   return current, metrics, update._cache_size()
 
 
-def _apart(a, b):
+def apart(a, b):
   """Largest difference of two arrays, over the largest value."""
   a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
   return float(np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-12))
 
 
-def _parts(tree):
+def parts(tree):
   """Name -> share of an array on one device, for arrays that are split."""
   flat = jax.tree_util.tree_flatten_with_path(tree)[0]
   shares = {
@@ -78,16 +78,16 @@ def main() -> None:
   jax.config.update("jax_disable_most_optimizations", True)
   alone = sharding.make(jax.devices()[:1])
   want, want_metrics, _ = _run(alone)
-  report = {"frozen": _apart(want.params["block_01"]["modulation"], want.teacher["block_01"]["modulation"])}
+  report = {"frozen": apart(want.params["block_01"]["modulation"], want.teacher["block_01"]["modulation"])}
   for name, (fsdp, tensor, accumulate) in CASES.items():
     layout = sharding.make(jax.devices(), fsdp=fsdp, tensor=tensor)
     got, metrics, traces = _run(layout, accumulate)
     leaves = zip(*(jax.tree.leaves(dataclasses.replace(s, key=s.step)) for s in (got, want)), strict=True)
     report[name] = {
-      "state": max(_apart(a, b) for a, b in leaves),
-      "metrics": max(_apart(metrics[k], want_metrics[k]) for k in want_metrics),
+      "state": max(apart(a, b) for a, b in leaves),
+      "metrics": max(apart(metrics[k], want_metrics[k]) for k in want_metrics),
       "traces": traces,
-      "parts": _parts(got),
+      "parts": parts(got),
       "described": layout.describe(),
     }
   sys.stdout.write(json.dumps(report))

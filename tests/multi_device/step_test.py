@@ -1,13 +1,8 @@
 """A step over 8 devices is the step on one; in its own process, because devices are counted when JAX starts."""
 
-import json
-import os
-import subprocess
-import sys
-
 from absl.testing import absltest, parameterized
 
-from tests.multi_device import step_cases
+from tests.multi_device import reports, step_cases
 
 # Relative to the largest value of an array after two steps in float32: sums in another order.
 _TOLERANCE = 1e-5
@@ -18,12 +13,7 @@ class ShardedStepTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    command = [sys.executable, "-m", "tests.multi_device.step_cases"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-      raise AssertionError(done.stderr)
-    cls.report = json.loads(done.stdout)
+    cls.report = reports.read("step_cases")
 
   @parameterized.parameters(*step_cases.CASES)
   def test_equals_the_step_on_one_device(self, name):

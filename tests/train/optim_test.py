@@ -162,6 +162,12 @@ class OptimTest(parameterized.TestCase):
     constant = optim.schedule(_config(learning_rate=2.0), 100)
     np.testing.assert_allclose([constant(0), constant(99)], 2.0)
 
+  def test_the_rate_of_a_config_without_the_fields_of_the_schedule_is_constant(self):
+    config = {k: v for k, v in _config(learning_rate=2.0).items() if k not in ("warmup_steps", "decay_fraction")}
+    rate = optim.schedule(config, 100)
+    np.testing.assert_allclose([rate(0), rate(99)], 2.0)
+    optim.make(config, _params(), rate)
+
   @parameterized.parameters(
     ("name", "sgd"),
     ("learning_rate", 0.0),
