@@ -24,10 +24,13 @@ def get_config(arg: str = "") -> ConfigDict:
   config.init = ""
   config.phases = ConfigDict(
     {
-      "coarse": {"steps": 3000, "routes": "max-f16"},
-      "init": {"steps": 5500, "routes": "max-f8,max-f8,max-f16"},
+      "coarse": {"steps": 3000, "routes": "max-f16,drop-f16"},
+      "init": {"steps": 6600, "routes": "max-f8,drop-f8,drop-f16,max-f8,drop-f8,max-f16"},
     }
   )
   if args.debug:
     common.shrink(config)
+    # One program for each kind of step: compilation is most of the time.
+    config.phases.coarse.routes, config.phases.init.routes = "max-f8", "max-f8,drop-f8"
+    config.phases.init.steps = 2
   return config.lock()

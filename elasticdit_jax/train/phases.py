@@ -13,6 +13,10 @@ grid, a quarter of the tokens, as backbones learn at a low resolution first (Pix
 A phase lists groups of routes: "max-f8+lite-f8,max-f16+lite-f16". Commas separate groups, which take turns step by
 step; "+" joins the routes of one group, which share a batch, its times and its noise, and one update. Name a group
 twice to train it twice as often.
+
+"drop-f8" and "drop-f16" are stochastic depth (LayerDrop, arXiv 1909.11556): not one route but a family, whose members
+take turns, see `shallow_routes`. A backbone trained with them does without any such set of blocks, so that flex-lite
+starts phase 2 near flex-max.
 """
 
 import bisect
@@ -20,10 +24,12 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from elasticdit_jax.elastic import Route, select_route
+from elasticdit_jax.elastic import VAE_FACTORS, Route, select_route
 
 NAMES = ("coarse", "init", "warmup", "specialise", "recover")
-FULL = ("coarse", "init")  # those that train the full backbone alone
+FULL = ("coarse", "init")  # before the importance analysis: there is no flex-lite yet
+
+Families = Mapping[str, tuple[Route, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +51,38 @@ class Phase:
   def label(self) -> str:
     return f"{NAMES.index(self.name)}-{self.name}"
 
-  def group_at(self, step: int, routes: Mapping[str, Route]) -> tuple[Route, ...]:
-    """The routes trained at a step."""
-    names = self.groups[(step - self.start) % len(self.groups)]
-    return tuple(select_route(routes, name) for name in names)
+  def group_at(self, step: int, routes: Mapping[str, Route], families: Families) -> tuple[Route, ...]:
+    """The routes trained at a step; of a family, the member whose turn it is."""
+    round_, place = divmod(step - self.start, len(self.groups))
+    members = [_members(name, routes, families) for name in self.groups[place]]
+    return tuple(m[round_ % len(m)] for m in members)
 
-  def trained(self, routes: Mapping[str, Route]) -> tuple[Route, ...]:
+  def trained(self, routes: Mapping[str, Route], families: Families) -> tuple[Route, ...]:
     """Every route of the phase once; what none of them reads is frozen."""
     names = dict.fromkeys(name for group in self.groups for name in group)
-    return tuple(select_route(routes, name) for name in names)
+    return tuple(route for name in names for route in _members(name, routes, families))
+
+
+def _members(name: str, routes: Mapping[str, Route], families: Families) -> tuple[Route, ...]:
+  return families[name] if name in families else (select_route(routes, name),)
+
+
+def shallow_routes(depth: int, skip: int) -> dict[str, tuple[Route, ...]]:
+  """Families "drop-f8" and "drop-f16": routes that skip `skip` blocks at even distances, each set shifted by one.
+
+  Few sets, for each is a program of its own; together they leave out every block but the first and the last, equally
+  often where `skip` divides their number.
+
+  Args:
+    depth: blocks of the full backbone.
+    skip: blocks that each member leaves out, 1 .. depth - 2.
+  """
+  inner = depth - 2
+  sets = [{1 + (i * inner // skip + shift) % inner for i in range(skip)} for shift in range(-(-inner // skip))]
+  keeps = [tuple(i not in skipped for i in range(depth)) for skipped in sets]
+  return {
+    f"drop-f{vae}": tuple(Route(f"drop-f{vae}", keep, (0.0,) * depth, vae) for keep in keeps) for vae in VAE_FACTORS
+  }
 
 
 def parse_groups(text: str, field: str) -> tuple[tuple[str, ...], ...]:

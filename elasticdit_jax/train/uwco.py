@@ -77,7 +77,8 @@ class Run:
     self._routes_path = os.path.join(job.workdir, "routes.json")
     self._analysis_step = max((p.stop for p in table if p.name in phases.FULL), default=0)
     importance_lib.check_skip(job.cfg.depth, job.config.lite.skip)
-    job_lib.check_routes(names, self.routes, job.codecs)
+    self._families = phases.shallow_routes(job.cfg.depth, job.config.lite.skip)
+    job_lib.check_routes(names, self.routes | {name: family[0] for name, family in self._families.items()}, job.codecs)
 
   def execute(self) -> None:
     """Restores or initialises, trains, and reports."""
@@ -157,11 +158,11 @@ class Run:
   def _group(self, n: int) -> tuple[step.Group, bool]:
     """The routes of update n, and whether they learn from the teacher: the full backbone in training has none."""
     phase = phases.phase_at(self.table, n)
-    return phase.group_at(n, self.routes), phase.name not in phases.FULL
+    return phase.group_at(n, self.routes, self._families), phase.name not in phases.FULL
 
   def _step(self, update, current: state.TrainState, batch: Any, n: int):
     group, distilled = self._group(n)
-    trainable = phases.phase_at(self.table, n).trained(self.routes)
+    trainable = phases.phase_at(self.table, n).trained(self.routes, self._families)
     batch = self.job.layout.put_batch(batch)
     with self.job.layout.active():
       return update(current, self._codecs, batch, group=group, trainable=trainable, distilled=distilled)

@@ -37,9 +37,30 @@ class PhasesTest(parameterized.TestCase):
   def test_groups_take_turns_from_the_start_of_the_phase(self):
     routes = elastic.standard_routes(6, (2,))
     warmup = table()[1]
-    turns = [tuple(r.name for r in warmup.group_at(n, routes)) for n in range(2, 5)]
+    turns = [tuple(r.name for r in warmup.group_at(n, routes, {})) for n in range(2, 5)]
     self.assertEqual(turns, [("max-f8", "lite-f8"), ("max-f16", "lite-f16"), ("max-f8", "lite-f8")])
-    self.assertEqual([r.name for r in table()[2].trained(routes)], ["lite-f8", "lite-f16"])
+    self.assertEqual([r.name for r in table()[2].trained(routes, {})], ["lite-f8", "lite-f16"])
+
+  @parameterized.parameters((8, 2, 3), (8, 1, 6), (8, 6, 1), (30, 6, 5), (24, 5, 5), (16, 3, 5))
+  def test_shallow_routes_leave_out_every_inner_block_in_turn(self, depth, skip, sets):
+    families = phases.shallow_routes(depth, skip)
+    self.assertEqual(list(families), ["drop-f8", "drop-f16"])
+    for vae, family in zip((8, 16), families.values(), strict=True):
+      self.assertEqual({(len(r.active), r.vae) for r in family}, {(depth - skip, vae)})
+      self.assertLen(set(family), sets)
+      missing = [i for r in family for i in range(depth) if i not in r.active]
+      self.assertEqual(set(missing), set(range(1, depth - 1)))
+      if (depth - 2) % skip == 0:
+        self.assertLen(missing, depth - 2)
+
+  def test_members_of_a_family_take_turns_and_all_are_trained(self):
+    row = phases.Phase("init", 3, 99, (("max-f8",), ("drop-f8", "max-f16")))
+    routes, families = elastic.standard_routes(8), phases.shallow_routes(8, 2)
+    drawn = [row.group_at(n, routes, families) for n in range(3, 11)]
+    self.assertEqual(set(drawn[::2]), {(routes["max-f8"],)})
+    self.assertEqual([group[0] for group in drawn[1::2]], [*families["drop-f8"], families["drop-f8"][0]])
+    self.assertEqual({group[1] for group in drawn[1::2]}, {routes["max-f16"]})
+    self.assertEqual(row.trained(routes, families), (routes["max-f8"], *families["drop-f8"], routes["max-f16"]))
 
   @parameterized.parameters("", "max-f8,", "max-f8+", "max-f8+max-f8")
   def test_bad_groups_name_the_field(self, text):
