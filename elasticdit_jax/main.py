@@ -46,6 +46,7 @@ flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/ and t
 flags.DEFINE_string("coordinator", None, "host:port of process 0; TPU pods, Slurm and MPI need none of these three.")
 flags.DEFINE_integer("processes", None, "How many processes train together, each started with this command.")
 flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
+flags.DEFINE_string("wandb", None, "Project of Weights & Biases that gets what TensorBoard gets.")
 flags.DEFINE_boolean("debug", False, "Show tracebacks of errors, and what the libraries log.")
 
 
@@ -102,8 +103,10 @@ def main(name: str) -> None:
     with distributed.joined(FLAGS.coordinator, FLAGS.processes, FLAGS.process) as count:
       _check_shared(config.task, count)
       task = importlib.import_module(TASKS[config.task])
+      tracking = importlib.import_module("elasticdit_jax.train.tracking")
       signal.signal(signal.SIGINT, before)
-      task.run(config, workdir)
+      with tracking.mirrored(FLAGS.wandb, workdir, config):
+        task.run(config, workdir)
   except (ValueError, OSError, FloatingPointError) as e:  # TimeoutError is an OSError
     _fail(e, FLAGS.debug or FLAGS.verbosity > 0)
   except KeyboardInterrupt:

@@ -95,7 +95,8 @@ class QKV(nn.Module):
     skipped = 0 if wanted else width
     joint = Projection(3 * width, skipped, self.head_dim, self.dtype, self.head_axes, name="qkv")(x)
     joint = placement.split(joint, self.batch_axes, None, None, self.head_axes)
-    *q, k, v = jnp.moveaxis(joint, 2, 0)
+    # Split, not indexed: the gradient is one concatenation then, not a sum of padded parts.
+    *q, k, v = (part[:, :, 0] for part in jnp.split(joint, joint.shape[2], axis=2))
     return RMSNorm(name="q_norm")(q[0]) if wanted else None, RMSNorm(name="k_norm")(k), v
 
 
@@ -143,8 +144,8 @@ class JointAttention(nn.Module):
       text_queries = text_qkv[0] is not None
       out = dense_attention(q, k, v, text.shape[1], text_mask, image_mask=image_mask, text_queries=text_queries)
     out = out.reshape(*out.shape[:2], -1)
-    text_rows = out.shape[1] - image.shape[1]
-    return out[:, text_rows:], out[:, :text_rows] if self.text_output else None
+    text_out, image_out = jnp.split(out, [out.shape[1] - image.shape[1]], axis=1)
+    return image_out, text_out if self.text_output else None
 
 
 def _sparse(text_qkv, image_qkv, text_mask: jax.Array, sparsity: Sparsity, batch_axes, head_axes) -> jax.Array:

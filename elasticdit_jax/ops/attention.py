@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from elasticdit_jax.ops import placement
 from elasticdit_jax.types import Array
 
 
@@ -49,7 +50,26 @@ def dense_attention(
     pads = ((0, 0), (0, 0), (text_len - missing, 0), (text_len, 0))
     seen = jnp.pad(image_mask, pads, constant_values=True)
     mask = seen if mask is None else mask & seen
+  if placement.platform() == "cpu":
+    return _head_major_attention(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
   return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
+
+
+def _head_major_attention(q: Array, k: Array, v: Array, mask: Array | None, scale: float) -> jax.Array:
+  """jax.nn.dot_product_attention in a form that XLA on CPU runs, with its gradient, in half the time.
+
+  Heads go before tokens once, so that products need no transposed copies of [T, T] arrays; rows are divided by their
+  sums after the product with v, where they are short.
+  """
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+  q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+  logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=wide) * scale
+  if mask is not None:
+    logits = jnp.where(mask, logits, jnp.finfo(wide).min)
+  # A row's largest logit only keeps exp within range: the result does not depend on it.
+  weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+  out = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), v, preferred_element_type=wide)
+  return (out / weights.sum(-1, keepdims=True)).astype(q.dtype).swapaxes(1, 2)
 
 
 def check_qkv(q: Array, k: Array, v: Array, text_len: int, text_mask: Array | None) -> None:

@@ -1,11 +1,13 @@
 """Dense joint attention: absent text is invisible, and nothing else changes."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest
 
-from elasticdit_jax.ops import attention
+from elasticdit_jax.ops import attention, placement
 
 
 def inputs(text_len=3, image=6, dtype=jnp.float32):
@@ -55,6 +57,23 @@ class DenseAttentionTest(absltest.TestCase):
     np.testing.assert_allclose(
       without, jax.nn.dot_product_attention(q[:, 3:], k[:, 3:], v[:, 3:], mask=seen), atol=1e-6
     )
+
+  def test_form_for_cpu_is_that_of_jax_elsewhere_with_gradients(self):
+    mask = jnp.array([[True, True, False], [False, False, False]])
+    seen = jax.random.bernoulli(jax.random.key(1), 0.5, (2, 2, 6, 6))
+    for dtype, tolerance in ((jnp.float32, 2e-6), (jnp.bfloat16, 3e-2)):
+
+      def value(q, k, v):
+        out = attention.dense_attention(q, k, v, 3, mask, image_mask=seen, scale=0.7)
+        return jnp.sum(jnp.sin(out[:, 3:].astype(jnp.float32))), out
+
+      differentiated = jax.value_and_grad(value, (0, 1, 2), has_aux=True)
+      here = differentiated(*inputs(dtype=dtype))
+      with mock.patch.object(placement, "platform", return_value="gpu"):
+        elsewhere = differentiated(*inputs(dtype=dtype))
+      for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(elsewhere), strict=True):
+        self.assertEqual(a.dtype, b.dtype)
+        np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), atol=tolerance)
 
   def test_scale_and_dtype(self):
     q, k, v = inputs(dtype=jnp.bfloat16)
