@@ -93,7 +93,7 @@ def _take_config(argv: list[str]) -> str:
 def main(name: str) -> None:
   """Runs the task of FLAGS.config."""
   config = FLAGS.config
-  workdir = FLAGS.workdir or os.path.join("runs", name)
+  workdir = os.path.join("runs", name) if FLAGS.workdir is None else FLAGS.workdir
   try:
     _set_up_logging()
     _check_place(workdir)
@@ -129,6 +129,8 @@ def _fail(e: Exception, show_traceback: bool) -> NoReturn:
 
 def _check_place(workdir: str) -> None:
   """Raises ValueError where the workdir cannot be made or written to; makes nothing."""
+  if not workdir:
+    raise ValueError("--workdir is empty; name a directory, or leave it out for one below runs/")
   there = os.path.abspath(workdir)
   while not os.path.lexists(there):
     there = os.path.dirname(there)

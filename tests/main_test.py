@@ -91,6 +91,7 @@ class MainTest(parameterized.TestCase):
     (["--config=toy.py", "--config.task=sample"], "config.task: toy.py is for 'toy', got 'sample'; choose another"),
     (["--config=toy.py", "--config", "toy.py"], "--config: expected one, got 2"),
     (["--config="], "--config is missing"),
+    (["--config=toy.py", "--workdir="], "--workdir is empty; name a directory"),
     (["--config=toy.py", "--workdir=toy.py"], "toy.py is a file; choose another --workdir"),
     (["--config=toy.py", "--workdir=toy.py/run"], "toy.py is a file; choose another --workdir"),
     (["--config=toy.py", "--config.raises=full"], "x.png: No space left on device; make room there"),

@@ -255,7 +255,10 @@ def check_same(name: str, values: Mapping[str, Any]) -> None:
   """
   said = [json.loads(text) for text in exchange(f"comparing {name}", json.dumps(dict(values), default=str))]
   for i, other in enumerate(said):
-    fields = [f for f in sorted(said[0].keys() | other.keys()) if said[0].get(f) != other.get(f)]
+    # As JSON, where NaN is like NaN: whether a value may be one is not asked here.
+    fields = [
+      f for f in sorted(said[0].keys() | other.keys()) if json.dumps(said[0].get(f)) != json.dumps(other.get(f))
+    ]
     if fields:
       shown = "; ".join(f"{f}: {said[0].get(f)!r} and {other.get(f)!r}" for f in fields[:4])
       raise ValueError(

@@ -12,6 +12,7 @@ Zero gradients do not freeze anything: momentum and weight decay go on moving th
 masks the updates and the optimiser's own state.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -55,13 +56,13 @@ def _check(config: Mapping[str, Any], total_steps: int) -> None:
   warmup, decay = _shape(config)
   for field, good, expected in (
     ("name", config["name"] in ("adamw", "muon"), "adamw or muon"),
-    ("learning_rate", config["learning_rate"] > 0, "a positive number"),
+    ("learning_rate", 0 < config["learning_rate"] < math.inf, "a positive number"),
     ("warmup_steps", warmup >= 0, "a number of steps"),
     ("decay_fraction", 0 <= decay <= 1, "a fraction in [0, 1]"),
-    ("weight_decay", config["weight_decay"] >= 0, "zero or a positive number"),
+    ("weight_decay", 0 <= config["weight_decay"] < math.inf, "zero or a positive number"),
     ("b1", 0 <= config["b1"] < 1, "a number in [0, 1)"),
     ("b2", 0 <= config["b2"] < 1, "a number in [0, 1)"),
-    ("clip_norm", config["clip_norm"] >= 0, "a norm, or 0 for no clipping"),
+    ("clip_norm", 0 <= config["clip_norm"] < math.inf, "a norm, or 0 for no clipping"),
   ):
     if not good:
       raise ValueError(f"config.optimizer.{field}: expected {expected}, got {config[field]!r}")

@@ -14,9 +14,10 @@ A phase lists groups of routes: "max-f8+lite-f8,max-f16+lite-f16". Commas separa
 step; "+" joins the routes of one group, which share a batch, its times and its noise, and one update. Name a group
 twice to train it twice as often.
 
-"drop-f8" and "drop-f16" are stochastic depth (LayerDrop, arXiv 1909.11556): not one route but a family, whose members
-take turns, see `shallow_routes`. A backbone trained with them does without any such set of blocks, so that flex-lite
-starts phase 2 near flex-max.
+"drop-f8" and "drop-f16" are stochastic depth (LayerDrop, arXiv 1909.11556), for coarse and init: not one route but a
+family, of which each round through the groups takes the next member, see `shallow_routes`. A backbone trained with them
+does without any such set of blocks, so that flex-lite starts phase 2 near flex-max. Blocks left out in one step are not
+frozen in it: momentum and weight decay move them on.
 """
 
 import bisect
@@ -83,6 +84,17 @@ def shallow_routes(depth: int, skip: int) -> dict[str, tuple[Route, ...]]:
   return {
     f"drop-f{vae}": tuple(Route(f"drop-f{vae}", keep, (0.0,) * depth, vae) for keep in keeps) for vae in VAE_FACTORS
   }
+
+
+def check_families(table: Iterable[Phase], families: Families) -> None:
+  """Raises ValueError where a phase after the importance analysis names one: flex-lite is one fixed route by then."""
+  for phase in table:
+    named = sorted({name for group in phase.groups for name in group} & set(families))
+    if named and phase.name not in FULL:
+      raise ValueError(
+        f"config.phases.{phase.name}.routes: {named[0]} belongs to the phases {' and '.join(FULL)}, before the"
+        f" importance analysis; name {named[0].replace('drop', 'lite')}"
+      )
 
 
 def parse_groups(text: str, field: str) -> tuple[tuple[str, ...], ...]:

@@ -72,12 +72,13 @@ class Run:
     self.job, self.table = job, table
     self.stop = table[-1].stop
     names = {name for p in table for group in p.groups for name in group}
-    self._given = job_lib.given_routes(job, names)
+    importance_lib.check_skip(job.cfg.depth, job.config.lite.skip)
+    self._families = phases.shallow_routes(job.cfg.depth, job.config.lite.skip)
+    self._given = job_lib.given_routes(job, names - set(self._families))
     self.routes = elastic.standard_routes(job.cfg.depth) | self._given
     self._routes_path = os.path.join(job.workdir, "routes.json")
     self._analysis_step = max((p.stop for p in table if p.name in phases.FULL), default=0)
-    importance_lib.check_skip(job.cfg.depth, job.config.lite.skip)
-    self._families = phases.shallow_routes(job.cfg.depth, job.config.lite.skip)
+    phases.check_families(table, self._families)
     job_lib.check_routes(names, self.routes | {name: family[0] for name, family in self._families.items()}, job.codecs)
 
   def execute(self) -> None:

@@ -40,7 +40,7 @@ class DistributedTest(parameterized.TestCase):
 
   def test_alone_everybody_is_here(self):
     self.assertEqual(distributed.exchange("x", "mine"), ["mine"])
-    distributed.check_same("config", {"a": 1})
+    distributed.check_same("config", {"a": 1, "b": float("nan")})
     self.assertEqual(distributed.from_first("value", {"a": 1}), {"a": 1})
     done = []
     distributed.on_first("work", lambda: done.append(1))

@@ -171,6 +171,9 @@ class OptimTest(parameterized.TestCase):
   @parameterized.parameters(
     ("name", "sgd"),
     ("learning_rate", 0.0),
+    ("learning_rate", float("inf")),
+    ("weight_decay", float("inf")),
+    ("clip_norm", float("nan")),
     ("decay_fraction", 1.5),
     ("b1", 1.0),
     ("clip_norm", -1.0),

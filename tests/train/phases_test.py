@@ -62,6 +62,14 @@ class PhasesTest(parameterized.TestCase):
     self.assertEqual({group[1] for group in drawn[1::2]}, {routes["max-f16"]})
     self.assertEqual(row.trained(routes, families), (routes["max-f8"], *families["drop-f8"], routes["max-f16"]))
 
+  def test_families_end_with_the_importance_analysis(self):
+    families = phases.shallow_routes(8, 2)
+    phases.check_families(
+      [phases.Phase("init", 0, 9, (("drop-f8",),)), phases.Phase("warmup", 9, 12, (("max-f8",),))], families
+    )
+    with self.assertRaisesRegex(ValueError, r"config.phases.specialise.routes: drop-f16 belongs to .*; name lite-f16"):
+      phases.check_families([phases.Phase("specialise", 0, 9, (("lite-f8",), ("drop-f16",)))], families)
+
   @parameterized.parameters("", "max-f8,", "max-f8+", "max-f8+max-f8")
   def test_bad_groups_name_the_field(self, text):
     with self.assertRaisesRegex(ValueError, "config.phases.init.routes"):
