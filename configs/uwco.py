@@ -32,7 +32,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.phases = ConfigDict(
     {
       "coarse": {"steps": 0, "routes": "max-f16"},
-      "init": {"steps": 0, "routes": "max-f8,max-f8,max-f16"},
+      "init": {"steps": 0, "routes": "max-f8,drop-f8,max-f8,drop-f8,max-f16"},
       "warmup": {"steps": 140, "routes": f"{pair_8},{pair_8},{pair_16}"},
       "specialise": {"steps": 580, "routes": "lite-f8,lite-f8,lite-f16"},
       "recover": {"steps": 460, "routes": f"{pair_8},{pair_8},{pair_16}"},
@@ -68,6 +68,7 @@ def _paper(config: ConfigDict) -> None:
   )
   config.flow.update({"std": 1.0, "shift": 3.0, "tokens": 4096})
   config.lite.skip = 6
+  config.phases.init.routes = "max-f8,max-f8,max-f16"  # as published, without stochastic depth
   for phase, steps in (("init", 500_000), ("warmup", 20_000), ("specialise", 20_000), ("recover", 20_000)):
     config.phases[phase].steps = steps
   config.optimizer.update({"learning_rate": 2e-4, "warmup_steps": 2000, "decay_fraction": 0.1})
