@@ -1,6 +1,6 @@
 """Variants of alignment at equal CPU time: reward, held-out scores and what they cost.
 
-    python benchmarks/alignment.py --init=runs/uwco --variants elastic,nft elastic,fast --minutes=5
+    python benchmarks/alignment.py --init=runs/uwco --variants nft fast --minutes=5
 
 One run per variant (arguments of configs/grpo.py) and seed in OUT/VARIANT-SEED, each stopped at the first look after
 the given minutes of CPU time, all threads together. Writes OUT/alignment.json with the curves and OUT/alignment.md, one

@@ -2,11 +2,11 @@
 
     python -m elasticdit_jax.main --config=configs/grpo.py
 
-Starts from the weights inside the package, whose flex-max is finished, and trains both max routes. A model that went
-through UWCO is aligned along all four routes, so that one weight set stays elastic:
+Starts from the weights inside the package and trains all four routes, so that one weight set stays elastic. A model of
+yours, and single routes:
 
-    python -m elasticdit_jax.main --config=configs/uwco.py
-    python -m elasticdit_jax.main --config=configs/grpo.py:elastic          (--config.init=DIR for another workdir)
+    ... --config.init=runs/uwco --workdir=runs/aligned
+    ... --config.rollout.routes=max-f8,max-f16
 
 Rewards are exact: the detector of the embedded scenes, objects nobody asked for counted against the picture. Open
 report.md in the workdir: scores before and after, on combinations of training and on held-out ones, and what the
@@ -33,13 +33,12 @@ from ml_collections import ConfigDict
 
 from elasticdit_jax.configs import common
 
-_PAIRS = "max-f8+lite-f8,max-f16+lite-f16"
 _VARIANTS = ("paper", "fast", "cps", "guard", "nft")
 
 
 def get_config(arg: str = "") -> ConfigDict:
   args = common.parse_arg(
-    arg, debug=False, elastic=False, lora=False, paper=False, fast=False, cps=False, guard=False, nft=False
+    arg, debug=False, lora=False, paper=False, fast=False, cps=False, guard=False, nft=False
   )
   chosen = [name for name in _VARIANTS if args[name]]
   if len(chosen) > 1:
@@ -47,14 +46,14 @@ def get_config(arg: str = "") -> ConfigDict:
   config = ConfigDict()
   config.task = "grpo"
   config.seed = 0
-  config.init = "runs/uwco" if args.elastic else "shipped"
+  config.init = "shipped"
   config.model = ConfigDict({"remat": "none", "dtype": "float32"})
   config.data = ConfigDict({"source": "scenes", "path": "", "caption_field": "text", "size": 0})
   config.prompts = ConfigDict(
     {"file": "", "tasks": "counting=7,position=5,color_attr=3,colors=1,two_obj=1,single_obj=1", "held_out": 0.15}
   )
   config.rewards = ConfigDict({"weights": "scene_strict=0.5,scene_partial=0.5", "models": "", "servers": ""})
-  config.rollout = ConfigDict({"routes": _PAIRS if args.elastic else "max-f8,max-f16", "prompts": 12, "group": 8})
+  config.rollout = ConfigDict({"routes": "max-f8+lite-f8,max-f16+lite-f16", "prompts": 12, "group": 8})
   config.rollout.update({"steps": 10, "guidance": 1.0, "noise": "sde", "level": 0.7})
   config.rollout.update({"window": 3, "first": 0, "last": -1, "batch": 32})
   config.objective = ConfigDict(

@@ -46,7 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.report.per_task = 16  # four snapshots are a sixth of the time
   if args.scratch:
     config.init = ""
-    config.phases.coarse.steps, config.phases.init.steps = 1600, 1300
+    config.phases.coarse.steps, config.phases.init.steps = 1500, 1200
     config.optimizer.update({"learning_rate": 3e-3, "decay_fraction": 0.3})
     config.train.update({"ema_decay": 0.995, "distill": 4.0})
   if args.paper:
