@@ -5,9 +5,9 @@
 Starts from the flex-max weights inside the package, so phase 1 is done: importance analysis, hybrid warm-up, flex-lite
 specialisation, unified recovery, report. Open runs/uwco/report.md and runs/uwco/images.
 
-Takes 11.2 minutes and 3 GB on two idle CPU cores. Strict score to expect, seen / unseen
-combinations, +- 4: max-f8 83 / 88, lite-f8 83 / 75, max-f16 91 / 77, lite-f16 86 / 82; before phase 2 lite-f8 stands at
-21 / 14 and lite-f16 at 55 / 32.
+Takes 11 minutes and 3 GB on two idle CPU cores. Strict score to expect, seen / unseen combinations, +- 2: max-f8
+87 / 85, lite-f8 86 / 83, max-f16 87 / 83, lite-f16 86 / 79; before phase 2 lite-f8 stands at 79 / 68 and lite-f16 at
+84 / 73 (+- 3), because the weights inside the package were trained with stochastic depth (docs/routes.md).
 
     :debug     64 pixels, a few steps of every phase, under 90 s with compilation
     :scratch   phase 1 from random weights as well; some 23 minutes by its CPU time. With a backbone of six blocks and
