@@ -10,8 +10,8 @@ Takes 11 minutes and 3 GB on two idle CPU cores. Strict score to expect, seen / 
 84 / 73 (+- 3), because the weights inside the package were trained with stochastic depth (docs/routes.md).
 
     :debug     64 pixels, a few steps of every phase, under 90 s with compilation
-    :scratch   phase 1 from random weights as well; some 23 minutes by its CPU time. With a backbone of six blocks and
-               a quarter more steps in phase 1 it reached, unseen: max-f8 62, lite-f8 55, max-f16 68, lite-f16 67
+    :scratch   phase 1 from random weights as well, 23 minutes; unseen, +- 4: max-f8 62, lite-f8 55, max-f16 59,
+               lite-f16 54
     :paper     the pod-scale job: size L, 1024 pixels, bfloat16; needs --config.data.path=DIR (captioned pictures) and
                --config.vae=DIR (vae_f8.safetensors and vae_f16.safetensors for photographs)
 """
