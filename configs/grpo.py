@@ -37,9 +37,7 @@ _VARIANTS = ("paper", "fast", "cps", "guard", "nft")
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  args = common.parse_arg(
-    arg, debug=False, lora=False, paper=False, fast=False, cps=False, guard=False, nft=False
-  )
+  args = common.parse_arg(arg, debug=False, lora=False, paper=False, fast=False, cps=False, guard=False, nft=False)
   chosen = [name for name in _VARIANTS if args[name]]
   if len(chosen) > 1:
     raise ValueError(f"one of {', '.join(_VARIANTS)} at a time, got {arg!r}")

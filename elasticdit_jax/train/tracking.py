@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import jax
+from elasticdit_jax.train import distributed
 
 
 @contextlib.contextmanager
@@ -17,16 +17,29 @@ def mirrored(project: str | None, workdir: str, config: Any) -> Iterator[None]:
   goes on with an earlier one.
 
   Args:
-    project: its name; None or "" mirrors nothing.
+    project: its name; None or "" mirrors nothing. Every process gives the same.
     workdir: of the run; nothing is written there.
     config: a ConfigDict.
 
   Raises:
-    ValueError: where wandb is missing or does not start; before the run does.
+    ValueError: where wandb is missing or does not start, before the run does; OSError on the other processes.
   """
-  if not project or jax.process_index():
+  runs: list[Any] = []
+  if project:
+    distributed.on_first("--wandb", lambda: runs.append(_start(project, workdir, config)))
+  code = 1
+  try:
     yield
-    return
+    code = 0
+  except SystemExit as e:
+    code = int(e.code or 0) if isinstance(e.code, int | None) else 1
+    raise
+  finally:
+    for run in runs:
+      run.finish(exit_code=code)
+
+
+def _start(project: str, workdir: str, config: Any) -> Any:
   try:
     import tensorboard  # noqa: F401  wandb reads tensorboardX's events with it
     import wandb
@@ -34,17 +47,8 @@ def mirrored(project: str | None, workdir: str, config: Any) -> Iterator[None]:
     raise ValueError(f'--wandb: {e.name} is missing; pip install "elasticdit_jax[wandb]", or leave --wandb out') from e
   name = os.path.basename(os.path.abspath(workdir))
   try:
-    run = wandb.init(
+    return wandb.init(
       project=project, name=name, group=name, config=config.to_dict(), resume="allow", sync_tensorboard=True
     )
   except (wandb.errors.Error, OSError) as e:
     raise ValueError(f"--wandb: {e}; log in with `wandb login`, or set WANDB_MODE=offline") from e
-  code = 1
-  try:
-    yield
-    code = 0
-  except SystemExit as e:  # SIGTERM: saved, and 0
-    code = e.code if isinstance(e.code, int) else 1
-    raise
-  finally:
-    run.finish(exit_code=code)

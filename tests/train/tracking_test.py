@@ -4,11 +4,10 @@ import sys
 import types
 from unittest import mock
 
-import jax
 from absl.testing import absltest
 from ml_collections import ConfigDict
 
-from elasticdit_jax.train import tracking
+from elasticdit_jax.train import distributed, tracking
 
 
 class WandbError(Exception):
@@ -26,10 +25,11 @@ class MirroredTest(absltest.TestCase):
     with mock.patch.dict(sys.modules, {"wandb": None}), tracking.mirrored(None, "runs/a", ConfigDict()):
       pass
 
-  def test_only_the_first_process_mirrors(self):
+  def test_only_the_first_process_mirrors_and_the_others_learn_how_that_went(self):
     modules, wandb = fake_wandb()
-    with modules, mock.patch.object(jax, "process_index", return_value=1), tracking.mirrored("p", "a", ConfigDict()):
-      pass
+    with modules, mock.patch.object(distributed, "on_first") as on_first:
+      with tracking.mirrored("p", "a", ConfigDict()):
+        on_first.assert_called_once()
     wandb.init.assert_not_called()
 
   def test_run_is_named_after_the_workdir_and_finished(self):
@@ -43,7 +43,14 @@ class MirroredTest(absltest.TestCase):
     wandb.init.return_value.finish.assert_called_once_with(exit_code=0)
 
   def test_the_end_of_the_task_is_the_end_of_the_run(self):
-    for error, code in ((SystemExit(0), 0), (SystemExit(75), 75), (ValueError("bad"), 1), (KeyboardInterrupt(), 1)):
+    for error, code in (
+      (SystemExit(0), 0),
+      (SystemExit(), 0),
+      (SystemExit(75), 75),
+      (SystemExit("x"), 1),
+      (ValueError("bad"), 1),
+      (KeyboardInterrupt(), 1),
+    ):
       modules, wandb = fake_wandb()
       with modules, self.assertRaises(type(error)), tracking.mirrored("p", "a", ConfigDict()):
         raise error
