@@ -1,6 +1,7 @@
 """Weights & Biases beside TensorBoard: what a run writes there is shown here as well."""
 
 import contextlib
+import importlib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -41,8 +42,8 @@ def mirrored(project: str | None, workdir: str, config: Any) -> Iterator[None]:
 
 def _start(project: str, workdir: str, config: Any) -> Any:
   try:
-    import tensorboard  # noqa: F401  wandb reads tensorboardX's events with it
-    import wandb
+    importlib.import_module("tensorboard")  # with which wandb reads tensorboardX's events
+    wandb = importlib.import_module("wandb")
   except ImportError as e:
     raise ValueError(f'--wandb: {e.name} is missing; pip install "elasticdit_jax[wandb]", or leave --wandb out') from e
   name = os.path.basename(os.path.abspath(workdir))

@@ -198,7 +198,7 @@ class GrpoTest(absltest.TestCase):
       config.watch.update({"pictures": 2, "prompts": 1})
       setup = aligned.prepare(config.lock(), str(self.workdir))
       self.assertEqual(setup.job.config.data.size, 128, arg)
-      self.assertEqual([[route.name for route in group] for group in setup.groups], [["max-f8"], ["max-f16"]])
+      self.assertEqual([[route.name for route in group] for group in setup.groups], [["max-f8", "lite-f8"], ["max-f16", "lite-f16"]])
       self.assertEqual(setup.plan.window, 9 if arg == "paper" else 3)
     self.assertFalse(self.workdir.exists())
 
