@@ -198,7 +198,8 @@ class GrpoTest(absltest.TestCase):
       config.watch.update({"pictures": 2, "prompts": 1})
       setup = aligned.prepare(config.lock(), str(self.workdir))
       self.assertEqual(setup.job.config.data.size, 128, arg)
-      self.assertEqual([[route.name for route in group] for group in setup.groups], [["max-f8", "lite-f8"], ["max-f16", "lite-f16"]])
+      names = [[route.name for route in group] for group in setup.groups]
+      self.assertEqual(names, [["max-f8", "lite-f8"], ["max-f16", "lite-f16"]], arg)
       self.assertEqual(setup.plan.window, 9 if arg == "paper" else 3)
     self.assertFalse(self.workdir.exists())
 
