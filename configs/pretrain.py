@@ -3,10 +3,10 @@
     python -m elasticdit_jax.main --config=configs/pretrain.py
 
 This command made the backbone inside the package, in 51 minutes on two CPU cores that had other work too. Strict score
-to expect, seen / unseen combinations, +- 3: max-f8 86 / 77, max-f16 88 / 88, and without any UWCO lite-f8 78 / 63,
-lite-f16 81 / 72, because every other step leaves two blocks out (stochastic depth, docs/routes.md); for flex-max alone
---config.phases.init.routes=max-f8,max-f8,max-f16. Captions are learned along f16 first, at a quarter of the tokens. For
-your own pictures, with fine-tuning from given weights:
+to expect, seen / unseen combinations, +- 3.5: max-f8 86 / 77, max-f16 88 / 88. Every other step leaves two blocks out
+(stochastic depth, docs/routes.md), so that flex-lite draws as well: lite-f8 78 / 63, lite-f16 81 / 72. Without it:
+--config.phases.coarse.routes=max-f16 --config.phases.init.routes=max-f8,max-f8,max-f16. Captions are learned along f16
+first, at a quarter of the tokens. For your own pictures, with fine-tuning from given weights:
 
     python -m elasticdit_jax.main --config=configs/pretrain.py --config.data.source=folder --config.data.path=DIR
     ... --config.init=DIR   (a model directory or the workdir of another run)

@@ -3,7 +3,7 @@
     python -m elasticdit_jax.main --config=configs/sparsify.py
     ... --config.checkpoint=runs/uwco --workdir=runs/sparsify-uwco
 
-Writes runs/sparsify/model, the same weights with more routes: d6-s75-f8 and d6-s84-f8 by the names that tell depth and
+Writes runs/sparsify/model, the same weights with more routes: d8-s75-f8 and d8-s84-f8 by the names that tell depth and
 realised sparsity, also known as vanilla-sparse and layer-aware-sparse beside the dense baseline. sparsity.md shows the
 loss of every layer at a few counts of kept key blocks, which layer-aware-sparse is allocated by. Draw and compare:
 

@@ -2,12 +2,13 @@
 
     python -m elasticdit_jax.main --config=configs/uwco.py
 
-Starts from the flex-max weights inside the package, so phase 1 is done: importance analysis, hybrid warm-up, flex-lite
+Starts from the backbone inside the package, so phase 1 is done: importance analysis, hybrid warm-up, flex-lite
 specialisation, unified recovery, report. Open runs/uwco/report.md and runs/uwco/images.
 
-Takes 11 minutes and 3 GB on two idle CPU cores. Strict score to expect, seen / unseen combinations, +- 2: max-f8
-87 / 85, lite-f8 86 / 83, max-f16 87 / 83, lite-f16 86 / 79; before phase 2 lite-f8 stands at 79 / 68 and lite-f16 at
-84 / 73 (+- 3), because the weights inside the package were trained with stochastic depth (docs/routes.md).
+Takes 11 minutes and 3 GB on two idle CPU cores. Strict score to expect in its report, seen / unseen combinations, +- 4:
+max-f8 83 / 82, lite-f8 84 / 83, max-f16 84 / 86, lite-f16 84 / 78 (with configs/evaluate.py and 60 prompts per task,
++- 2: 87 / 85, 86 / 83, 87 / 83, 86 / 79); before phase 2 lite-f8 79 / 68 and lite-f16 84 / 73, because the weights
+inside the package were trained with stochastic depth (docs/routes.md).
 
     :debug     64 pixels, a few steps of every phase, under 90 s with compilation
     :scratch   phase 1 from random weights as well, 23 minutes; unseen, +- 4: max-f8 62, lite-f8 55, max-f16 59,

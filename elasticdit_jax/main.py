@@ -31,6 +31,9 @@ TASKS = {
   "sparsify": "elasticdit_jax.train.sparsify",
 }
 
+# Tasks that write TensorBoard events, which --wandb mirrors.
+TRACKED_TASKS = ("uwco", "pretrain", "grpo", "vae")
+
 # Tasks that several processes can share.
 SHARED_TASKS = ("uwco", "pretrain", "grpo")
 
@@ -67,6 +70,8 @@ def parse_flags(argv: Sequence[str]) -> str:
     config_file.check_overrides(default, FLAGS.config)
     if FLAGS.config.task not in TASKS:
       raise ValueError(f"config.task: unknown task {FLAGS.config.task!r}; expected one of {', '.join(TASKS)}")
+    if FLAGS.wandb and FLAGS.config.task not in TRACKED_TASKS:
+      raise ValueError(f"--wandb: {FLAGS.config.task!r} trains nothing; it is for {', '.join(TRACKED_TASKS)}")
     if FLAGS.config.task != default.task:
       raise ValueError(
         f"config.task: {spec} is for {default.task!r}, got {FLAGS.config.task!r}; choose another --config"

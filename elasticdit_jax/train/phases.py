@@ -16,8 +16,8 @@ twice to train it twice as often.
 
 "drop-f8" and "drop-f16" are stochastic depth (LayerDrop, arXiv 1909.11556), for coarse and init: not one route but a
 family, of which each round through the groups takes the next member, see `shallow_routes`. A backbone trained with them
-does without any such set of blocks, so that flex-lite starts phase 2 near flex-max. Blocks left out in one step are not
-frozen in it: momentum and weight decay move them on.
+does without any such set of blocks, so that flex-lite starts phase 2 nearer to flex-max. Blocks left out in one step
+are not frozen in it: momentum and weight decay move them on.
 """
 
 import bisect

@@ -1,8 +1,8 @@
 """Task `sparsify`: the sparse routes of the paper's Table 2 over the weights of a finished model (section 2.2.3).
 
     baseline             a dense route                        max-f8
-    vanilla-sparse       75 % dropped in every layer          d6-s75-f8
-    layer-aware-sparse   84.16 % dropped on average:          d6-s84-f8
+    vanilla-sparse       75 % dropped in every layer          d8-s75-f8
+    layer-aware-sparse   84.16 % dropped on average:          d8-s84-f8
                          dense route -> loss of every layer at a few kept counts -> elastic.allocate -> counts
 
 The names on the left stand for the routes on the right, whose names tell depth and realised sparsity. Weights stay as

@@ -1,6 +1,7 @@
 """Weights & Biases: what it is told, and that a run without it does not notice."""
 
 import sys
+import threading
 import types
 from unittest import mock
 
@@ -56,9 +57,24 @@ class MirroredTest(absltest.TestCase):
         raise error
       wandb.init.return_value.finish.assert_called_once_with(exit_code=code)
 
+  def test_a_mirror_that_does_not_end_changes_nothing(self):
+    modules, wandb = fake_wandb()
+    wandb.init.return_value.finish.side_effect = RuntimeError("no network")
+    with modules, self.assertLogs(level="WARNING") as logs, tracking.mirrored("p", "a", ConfigDict()):
+      pass
+    self.assertIn("no network", logs.output[0])
+    modules, wandb = fake_wandb()
+    gate = threading.Event()
+    wandb.init.return_value.finish.side_effect = lambda exit_code: gate.wait(30)
+    with modules, self.assertLogs(level="WARNING") as logs, mock.patch.object(tracking, "_FINISH_SECONDS", 0.01):
+      with self.assertRaisesRegex(ValueError, "of the run"), tracking.mirrored("p", "a", ConfigDict()):
+        raise ValueError("of the run")
+    gate.set()
+    self.assertIn("not finished", logs.output[0])
+
   def test_missing_package_and_refused_login_name_the_remedy(self):
     with mock.patch.dict(sys.modules, {"wandb": None}):
-      with self.assertRaisesRegex(ValueError, r'--wandb: .* is missing; pip install "elasticdit_jax\[wandb\]"'):
+      with self.assertRaisesRegex(ValueError, r'--wandb: .*; pip install "elasticdit_jax\[wandb\]"'):
         tracking.mirrored("p", "a", ConfigDict()).__enter__()
     modules, _ = fake_wandb(side_effect=WandbError("no key"))
     with modules, self.assertRaisesRegex(ValueError, "--wandb: no key; log in with `wandb login`"):
