@@ -133,6 +133,7 @@ def shrink(config: ConfigDict) -> None:
   config.data.update({"size": 64, "batch_size": 8})
   for phase in config.phases.values():
     phase.steps = min(phase.steps, 6)
+  # Phases of 6 steps, saved at their ends; 9 is one save inside a phase.
   config.train.update({"log_every": 2, "save_every": 9, "validation_batches": 1})
   # As many pictures at a time as the scores draw: one program for both.
   config.report.update({"per_task": 1, "steps": 4, "pictures": 8})

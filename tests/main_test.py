@@ -44,6 +44,7 @@ def run(config, workdir):
   os.makedirs(workdir)
   with open(f"{workdir}/cache", "w") as f:
     f.write(f"{jax.config.jax_compilation_cache_dir} {jax.config.jax_persistent_cache_min_compile_time_secs}")
+    f.write(f" {jax.config.values['jax_disable_most_optimizations']}")
   settings = loop.Settings(config.train.steps, log_every=2, save_every=100, batch_size=1, resume_command="again")
   wait = 0.05 if config.raises == "slow" else 0.0
   with checkpoint.Checkpointer(workdir) as saver:
@@ -91,6 +92,7 @@ class MainTest(parameterized.TestCase):
     (["--config=toy.py", "--config.task=sample"], "config.task: toy.py is for 'toy', got 'sample'; choose another"),
     (["--config=toy.py", "--config", "toy.py"], "--config: expected one, got 2"),
     (["--config="], "--config is missing"),
+    (["--config=toy.py", "--wandb=p"], "--wandb: 'toy' trains nothing; it is for uwco"),
     (["--config=toy.py", "--workdir="], "--workdir is empty; name a directory"),
     (["--config=toy.py", "--workdir=toy.py"], "toy.py is a file; choose another --workdir"),
     (["--config=toy.py", "--workdir=toy.py/run"], "toy.py is a file; choose another --workdir"),
@@ -131,13 +133,14 @@ class MainTest(parameterized.TestCase):
     self.assertRegex(lines[-1], r"^I \d\d:\d\d:\d\d train 6/6 loss 1 \|")
     self.assertNotIn("orbax", err)
     cache = (self.directory / "runs" / "toy-debug" / "cache").read_text()
-    self.assertEqual(cache, f"{self.directory}/.cache/elasticdit_jax/xla 0.5")
+    self.assertEqual(cache, f"{self.directory}/.cache/elasticdit_jax/xla 0.5 True")
 
   def test_the_environment_names_another_compilation_cache(self):
     self.environment["JAX_COMPILATION_CACHE_DIR"] = f"{self.directory}/elsewhere"
     code, err = self._run("--config=toy.py", "--workdir=here")
     self.assertEqual(code, 0, err)
-    self.assertStartsWith((self.directory / "here" / "cache").read_text(), f"{self.directory}/elsewhere ")
+    cache = (self.directory / "here" / "cache").read_text()
+    self.assertEqual(cache, f"{self.directory}/elsewhere 0.5 False")
 
   @parameterized.parameters((signal.SIGINT, 130), (signal.SIGTERM, 0))
   def test_interruption_saves_and_says_how_to_go_on(self, number, code):

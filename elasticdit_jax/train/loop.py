@@ -101,6 +101,7 @@ def run(
   """
   if checkpoint is not None:
     checkpoint.check_space(state)
+  state = jax.tree.map(_tied, state)
   template, left = jax.tree.map(_shape, state), settings.guard.rollbacks
   with guard_lib.Watchdog(settings.guard.hang_seconds) as watchdog:
     way = _Run(make_batches, step_fn, settings, checkpoint, writer, hooks or {}, watchdog)
@@ -121,6 +122,11 @@ def run(
       logging.warning("%s; back to step %d, passing over batches %d to %d", what, start, meta["data_step"], end - 1)
       skipped = end - start
       settings.restored(meta)
+
+
+def _tied(x: Any) -> Any:
+  """x, committed to where it is, as restored arrays are: else a resumed run would compile every step again."""
+  return x if not isinstance(x, jax.Array) or x.committed else jax.device_put(x, x.sharding)
 
 
 def _shape(x: Any) -> Any:

@@ -28,7 +28,7 @@ from typing import Any
 from elasticdit_jax.elastic import VAE_FACTORS, Route, select_route
 
 NAMES = ("coarse", "init", "warmup", "specialise", "recover")
-FULL = ("coarse", "init")  # before the importance analysis: there is no flex-lite yet
+BACKBONE = ("coarse", "init")  # before the importance analysis: there is no flex-lite yet
 
 Families = Mapping[str, tuple[Route, ...]]
 
@@ -90,9 +90,9 @@ def check_families(table: Iterable[Phase], families: Families) -> None:
   """Raises ValueError where a phase after the importance analysis names one: flex-lite is one fixed route by then."""
   for phase in table:
     named = sorted({name for group in phase.groups for name in group} & set(families))
-    if named and phase.name not in FULL:
+    if named and phase.name not in BACKBONE:
       raise ValueError(
-        f"config.phases.{phase.name}.routes: {named[0]} belongs to the phases {' and '.join(FULL)}, before the"
+        f"config.phases.{phase.name}.routes: {named[0]} belongs to the phases {' and '.join(BACKBONE)}, before the"
         f" importance analysis; name {named[0].replace('drop', 'lite')}"
       )
 

@@ -9,4 +9,4 @@ from elasticdit_jax.train import phases, uwco
 
 def run(config: Any, workdir: str) -> None:
   """Runs or resumes config.phases.coarse and .init; see `uwco.train`."""
-  uwco.train(config, workdir, phases.make_table(config.phases, names=phases.FULL))
+  uwco.train(config, workdir, phases.make_table(config.phases, names=phases.BACKBONE))

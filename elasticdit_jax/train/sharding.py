@@ -134,8 +134,7 @@ class Layout:
       *args: trees; every process holds all of them.
     """
     if self.single:
-      # Committed to the device, as restored arrays are: else a resumed run would compile every step again.
-      return jax.device_put(make(*args), self.mesh.devices.flat[0])
+      return make(*args)
     shardings = self.of(jax.eval_shape(make, *args))
     return jax.jit(make, out_shardings=shardings)(*jax.tree.map(self._put, args, self.of(args)))
 

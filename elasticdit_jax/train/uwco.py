@@ -77,7 +77,7 @@ class Run:
     self._given = job_lib.given_routes(job, names - set(self._families))
     self.routes = elastic.standard_routes(job.cfg.depth) | self._given
     self._routes_path = os.path.join(job.workdir, "routes.json")
-    self._analysis_step = max((p.stop for p in table if p.name in phases.FULL), default=0)
+    self._analysis_step = max((p.stop for p in table if p.name in phases.BACKBONE), default=0)
     phases.check_families(table, self._families)
     job_lib.check_routes(names, self.routes | {name: family[0] for name, family in self._families.items()}, job.codecs)
 
@@ -157,9 +157,9 @@ class Run:
     )
 
   def _group(self, n: int) -> tuple[step.Group, bool]:
-    """The routes of update n, and whether they learn from the teacher: the full backbone in training has none."""
+    """The routes of update n, and whether they learn from the teacher: the backbone in training has none."""
     phase = phases.phase_at(self.table, n)
-    return phase.group_at(n, self.routes, self._families), phase.name not in phases.FULL
+    return phase.group_at(n, self.routes, self._families), phase.name not in phases.BACKBONE
 
   def _step(self, update, current: state.TrainState, batch: Any, n: int):
     group, distilled = self._group(n)

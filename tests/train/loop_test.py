@@ -102,6 +102,12 @@ class LoopTest(parameterized.TestCase):
     self.assertEqual(_bytes(state), _bytes(self.straight))
     self.assertEqual(self._steps(), [5, 7, 10, 12])
 
+  def test_a_resumed_run_finds_its_programs(self):
+    update = jax.jit(_train)
+    for settings in (_settings(stop=6), _settings()):
+      start_or_resume(self.workdir, lambda state, batch, _: update(state, batch), settings)
+    self.assertEqual(update._cache_size(), 1)
+
   def test_a_run_that_raises_resumes_from_the_last_interval(self):
     def fail():
       raise RuntimeError("device lost")

@@ -128,12 +128,5 @@ class ShardingTest(parameterized.TestCase):
     self.assertIsNone(layout.results(tree))
 
 
-class OneDeviceTest(absltest.TestCase):
-  def test_first_arrays_are_committed_like_restored_ones(self):
-    # jit compiles anew for arguments of which this differs: a resumed run would not find its programs.
-    made = sharding.one_device().build(lambda x: {"x": 2 * x, "key": jax.random.key(0)}, jnp.ones(3))
-    self.assertTrue(all(leaf.committed for leaf in jax.tree.leaves(made)))
-
-
 if __name__ == "__main__":
   absltest.main()

@@ -57,6 +57,15 @@ class MirroredTest(absltest.TestCase):
         raise error
       wandb.init.return_value.finish.assert_called_once_with(exit_code=code)
 
+  def test_after_an_error_other_processes_do_not_wait_for_the_mirror(self):
+    several = {"several": lambda: True, "check_same": mock.Mock(), "on_first": lambda name, work: work()}
+    for error in (ValueError("bad"), SystemExit(0)):
+      modules, wandb = fake_wandb()
+      with modules, mock.patch.multiple(distributed, **several):
+        with self.assertRaises(type(error)), tracking.mirrored("p", "a", ConfigDict()):
+          raise error
+      self.assertEqual(wandb.init.return_value.finish.called, isinstance(error, SystemExit))
+
   def test_a_mirror_that_does_not_end_changes_nothing(self):
     modules, wandb = fake_wandb()
     wandb.init.return_value.finish.side_effect = RuntimeError("no network")

@@ -50,8 +50,7 @@ def _made_once():
 
   def make_step(*args, **kwargs):
     made.extend([] if made else [original(*args, **kwargs)])
-    # A restored state is tied to its device, and programs for such states are others.
-    return lambda current, *rest, **named: made[0](jax.device_put(current, jax.devices()[0]), *rest, **named)
+    return made[0]
 
   return mock.patch.object(step, "make_step", make_step)
 
@@ -83,7 +82,7 @@ class UwcoTest(absltest.TestCase):
     model_dir.save(init, tiny_model.make((16,)))
     with self.config.unlocked():
       self.config.init = str(init)  # a compiled initialiser would take longer than a phase
-      self.config.phases.init.routes = "max-f16"
+      self.config.phases.init.routes = "max-f16+drop-f16"
       self.config.phases.warmup.routes = self.config.phases.recover.routes = "max-f16+lite-f16"
       self.config.phases.specialise.routes = "lite-f16"
 
@@ -131,6 +130,9 @@ class UwcoTest(absltest.TestCase):
       "config.vae": lambda c: c.update({"vae": ""}),
       "config.model.size": lambda c: c.model.update({"size": "XXL"}),
       "unknown route 'max-f9'": lambda c: c.phases.warmup.update({"routes": "max-f9"}),
+      "config.phases.specialise.routes: drop-f16 belongs to": lambda c: c.phases.specialise.update(
+        {"routes": "drop-f16"}
+      ),
       "config.init: no dit.safetensors": lambda c: c.update({"init": "/nowhere"}),
       "lite.skip": lambda c: c.lite.update({"skip": 2}),
       "config.train.profile: expected 'FIRST:STOP'": lambda c: c.train.update({"profile": "7"}),
