@@ -129,6 +129,8 @@ NANO = {
   8: VAEConfig(8),
   16: VAEConfig(16, (16, 48, 80, 96), (0, 1, 1, 2), (1, 1, 1, 2)),
 }
+# Half of nano's parameters and FLOPs: a student of it for the embedded default.
+PICO = VAEConfig(8, (12, 32, 64), flow=16)
 
 
 def _large(factor: int, groups: tuple[int, ...], mid_groups: int, **changes: object) -> VAEConfig:
@@ -152,6 +154,7 @@ def _large(factor: int, groups: tuple[int, ...], mid_groups: int, **changes: obj
 PRESETS = {
   "nano-f8": NANO[8],
   "nano-f16": NANO[16],
+  "pico-f8": PICO,
   "tdvae1-f8": _large(8, (1, 1, 1), 4),
   "tdvae1-f16": _large(16, (1, 1, 1, 4), 4),
   "tdvae2-f8": _large(8, (1, 8, 16), 16),

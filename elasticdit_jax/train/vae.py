@@ -1,4 +1,5 @@
-"""Task `vae`: trains a VAE as an autoencoder, from nothing; `train.vae_stages` distils a T-DVAE from a teacher.
+"""Task `vae`: trains a VAE as an autoencoder, from nothing; `train.vae_stages` distils a T-DVAE from a teacher, and
+`train.vae_family` trains several, students after their teachers.
 
     image --encoder--> z --(+ noise)--> decoder --> reconstruction        loss = L2 + l1 * L1 + energy * mean(z^2)
 
@@ -8,7 +9,7 @@ a component of the image above the noise. Latents come out with energies that sa
 The result is WORKDIR/vae_f8.safetensors or vae_f16.safetensors, with the latent statistics in its metadata.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import optax
 
 from elasticdit_jax.data import pipeline
 from elasticdit_jax.models import codec as codec_lib
-from elasticdit_jax.train import loop, optim, state, vae_report, vae_stages
+from elasticdit_jax.train import loop, optim, state, vae_family, vae_report, vae_stages
 from elasticdit_jax.train.checkpoint import Checkpointer, check_space
 from elasticdit_jax.train.ranges import check_ranges
 from elasticdit_jax.train.workdir import check_workdir, claim_workdir
@@ -59,19 +60,51 @@ def make_step(
 
 
 def run(config: Any, workdir: str) -> None:
-  """Trains (or resumes) in `workdir` and writes the weight file.
+  """Trains (or resumes) in `workdir` and writes the weight files.
 
   Raises:
     ValueError: for a config or a workdir that does not fit; nothing has been written then.
   """
+  if "runs" in config:
+    vae_family.run(config, workdir, check, run_one)
+  else:
+    run_one(config, workdir)
+
+
+def check(config: Any, codecs: Mapping[int, codec_lib.Codec] | None = None) -> codec_lib.Config:
+  """The shape of the VAE that a config of one run trains, once everything it names has been found to fit.
+
+  Args:
+    config: of one run.
+    codecs: its teachers by factor; None for those of config.teacher.
+
+  Raises:
+    ValueError: naming the field that does not fit.
+  """
   if "stage1" in config:
-    vae_stages.run(config, workdir)
+    return vae_stages.prepare(config, codecs).cfg
+  check_ranges(config)
+  cfg = vae_report.shape(config)
+  pipeline.source_from_config(config.data)
+  _optimizer(config, cfg)
+  return cfg
+
+
+def _optimizer(config: Any, cfg: codec_lib.Config) -> optax.GradientTransformation:
+  schedule = optim.schedule(config.optimizer, config.train.steps)
+  return optim.make(config.optimizer, codec_lib.init_shapes(cfg), schedule)
+
+
+def run_one(config: Any, workdir: str, codecs: Mapping[int, codec_lib.Codec] | None = None) -> None:
+  """`run` of a config without `runs`; arguments and errors as in `check`."""
+  if "stage1" in config:
+    vae_stages.run(config, workdir, codecs)
     return
   check_workdir(workdir, config, vae_report.NEUTRAL)
   check_ranges(config)
   cfg = vae_report.shape(config)
   source, validation, encoder = pipeline.source_from_config(config.data)
-  tx = optim.make(config.optimizer, codec_lib.init_shapes(cfg), optim.schedule(config.optimizer, config.train.steps))
+  tx = _optimizer(config, cfg)
   current = state.create(vae_report.init(cfg, jax.random.key(config.seed)), tx, config.seed)
   step = make_step(cfg, tx, config.loss, config.train.ema_decay)
   settings = loop.Settings(
@@ -79,7 +112,7 @@ def run(config: Any, workdir: str) -> None:
     log_every=config.train.log_every,
     save_every=config.train.save_every,
     batch_size=config.data.batch_size,
-    resume_command=f"the same command with --workdir={workdir}",
+    resume_command="the same command with the same --workdir",
     phase=lambda _: f"vae f{config.factor}",
   )
   check_space(workdir, current)

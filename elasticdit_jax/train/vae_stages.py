@@ -12,7 +12,7 @@ teacher's latent space: backbones trained on the teacher's latents decode throug
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -81,8 +81,12 @@ class Job:
     return f"vae f{self.cfg.factor}/{'1-encoder' if step < self.boundary else name}"
 
 
-def prepare(config: Any) -> Job:
+def prepare(config: Any, codecs: Mapping[int, codec_lib.Codec] | None = None) -> Job:
   """Reads data, teacher and weights and checks that they fit; writes nothing.
+
+  Args:
+    config: the task's config.
+    codecs: teachers by factor; None for those of config.teacher.
 
   Raises:
     ValueError: naming the field that does not fit.
@@ -98,7 +102,7 @@ def prepare(config: Any) -> Job:
       f"config.data.size: {size} pixels are too few for a critic of {critic.layers} layers, expected at least"
       f" {critic.least_size}; lower config.critic.layers, or set config.stage2.gan to 0"
     )
-  teacher = vae_teacher.load(config, cfg.latent_channels)
+  teacher = vae_teacher.load(config, cfg.latent_channels, codecs)
   distance, params = perceptual(config.perceptual, size)
   train, validation, encoder = pipeline.source_from_config(config.data)
   if size % cfg.factor:
@@ -241,14 +245,19 @@ def alignment(job: Job, codec: codec_lib.Codec) -> float:
   return float(np.mean([error(codec, job.teacher, batch.image) for batch in job.held_out]))
 
 
-def run(config: Any, workdir: str) -> None:
+def run(config: Any, workdir: str, codecs: Mapping[int, codec_lib.Codec] | None = None) -> None:
   """Trains (or resumes) in `workdir` and writes the weight file.
+
+  Args:
+    config: the task's config.
+    workdir: where the run lives.
+    codecs: teachers by factor; None for those of config.teacher.
 
   Raises:
     ValueError: for a config or a workdir that does not fit; nothing has been written then.
   """
   check_workdir(workdir, config, vae_report.NEUTRAL)
-  job = prepare(config)
+  job = prepare(config, codecs)
   state = initial_state(job)
   check_space(workdir, state)
   claim_workdir(workdir, config, vae_report.NEUTRAL)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -32,13 +33,14 @@ class Teacher:
     return z.reshape(batch, h // self.pool, self.pool, w // self.pool, self.pool, channels).mean((2, 4))
 
 
-def load(config: Any, latent_channels: int) -> Teacher | None:
+def load(config: Any, latent_channels: int, codecs: Mapping[int, Codec] | None = None) -> Teacher | None:
   """The teacher that config.teacher and config.stage1.target ask for; None where the target is the reconstruction.
 
   Args:
     config: fields factor (of the student), teacher ("shipped", a model directory or workdir with vae_f*.safetensors, or
       the folder of a diffusers AutoencoderKL) and stage1.target, one of TARGETS.
     latent_channels: of the student.
+    codecs: by factor, where config.teacher only names what is at hand already.
 
   Raises:
     ValueError: where it is not there or does not fit the student.
@@ -59,7 +61,7 @@ def load(config: Any, latent_channels: int) -> Teacher | None:
       " AutoencoderKL, or set --config.stage1.target=reconstruction"
     )
   factor = 8 if target == "average" else config.factor
-  codecs = vaes.load(config.teacher)
+  codecs = vaes.load(config.teacher) if codecs is None else codecs
   if factor not in codecs:
     hint = "set --config.stage1.target=average to learn from its f8 latents" if factor == 16 else "choose another one"
     raise ValueError(f"config.teacher: {config.teacher} has no f{factor} VAE; {hint}")

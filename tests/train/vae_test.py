@@ -34,7 +34,7 @@ class VaeTest(parameterized.TestCase):
     self.workdir = small.new_workdir(self)
 
   def _config(self, field="", value=None):
-    config = vae_config.get_config("debug").unlock()
+    config = vae_config.get_config("factor=8,debug").unlock()
     config.data.update({"size": 32, "batch_size": 2})
     config.train.update({"steps": 4, "log_every": 2, "save_every": 2})
     if field:
