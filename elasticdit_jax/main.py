@@ -19,7 +19,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from elasticdit_jax import config_file
+from elasticdit_jax import config_file, huge_pages
 
 TASKS = {
   "uwco": "elasticdit_jax.train.uwco",
@@ -180,4 +180,5 @@ def _set_up_compiler(quick: bool) -> None:
 
 
 if __name__ == "__main__":
+  huge_pages.restart_with_them()
   app.run(main, flags_parser=parse_flags)

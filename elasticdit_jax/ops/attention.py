@@ -62,14 +62,16 @@ def _head_major_attention(q: Array, k: Array, v: Array, mask: Array | None, scal
   sums after the product with v, where they are short.
   """
   wide = jnp.promote_types(q.dtype, jnp.float32)
+  dtype, q = q.dtype, q * jnp.asarray(scale, q.dtype)
   q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-  logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=wide) * scale
+  logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=wide)
   if mask is not None:
-    logits = jnp.where(mask, logits, jnp.finfo(wide).min)
+    # Added, not selected: masks are small where they say the same of every query. A logit is lost in the number.
+    logits += jnp.where(mask, 0, jnp.finfo(wide).min / 2)
   # A row's largest logit only keeps exp within range: the result does not depend on it.
   weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
   out = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), v, preferred_element_type=wide)
-  return (out / weights.sum(-1, keepdims=True)).astype(q.dtype).swapaxes(1, 2)
+  return (out / weights.sum(-1, keepdims=True)).astype(dtype).swapaxes(1, 2)
 
 
 def check_qkv(q: Array, k: Array, v: Array, text_len: int, text_mask: Array | None) -> None:

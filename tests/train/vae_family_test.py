@@ -90,7 +90,10 @@ class VaeFamilyTest(parameterized.TestCase):
   @parameterized.parameters(
     ({"runs__f8__train__steps": 0}, "config.runs.f8: config.train.steps: expected at least 1 step, got 0"),
     ({"runs__f8__factor": 9}, "config.runs.f8: config.factor: expected 8 or 16, got 9"),
-    ({"runs__student__model": "huge"}, "config.runs.student: config.model: expected one of .*pico.* for f8, got 'huge'"),
+    (
+      {"runs__student__model": "huge"},
+      "config.runs.student: config.model: expected one of .*pico.* for f8, got 'huge'",
+    ),
     ({"runs__student__teacher": "f32"}, "config.runs.student: .*f32"),
     ({"runs__student__teacher": "student"}, "config.runs.student.teacher: 'student' learns from 'student' itself"),
     ({"runs__student__factor": 16, "runs__student__model": "nano"}, "config.teacher: f8 has no f16 VAE"),
