@@ -2,13 +2,16 @@
 
   pip install "elasticdit_jax[aot]"                       # libtpu, the compiler; several hundred MB
   python benchmarks/aot_pods.py                           # size L, 1024 px, 4 images a chip, four pods
-  python benchmarks/aot_pods.py --sizes=S,B,L --pixels=512,1024 --table=docs/pods.md    # its table: hours of one core
+  python benchmarks/aot_pods.py --sizes=S,B,L --pixels=512,1024 --table=docs/pods.md    # its table: two hours
   python benchmarks/aot_pods.py --topologies=v5e-256 --per_chip=8 --remat=full
 
 A case is step.make_step as configs/uwco.py:paper runs it in phases 2 and 4: encoder, flex-max and flex-lite on one
 batch, both sparse, block by block recomputation, bfloat16 over float32 parameters, optimiser and EMA; state and batch
 laid out by train/sharding.py. The exit code is 1 where a program does not fit its chips. With --table the lines of the
 cases just compiled take the place of older ones in a Markdown file, between two comments that say aot_pods.
+
+The compiler's level is O1 (JAX_OPTIMIZATION_LEVEL, which training honours as well): L takes minutes and 3 GB of this
+machine's memory; at the usual level it had not ended after 16 minutes of CPU time, with 18 GB.
 
 Printed for one chip: HBM (arguments, results, temporaries, code) beside what the chip has, FLOPs counted in the jaxpr
 (recomputation included; "model" leaves it out), collectives by kind with the bytes that go over the wires by ring
@@ -55,6 +58,7 @@ class Case:
   remat: str
   vae: str
   optimizer: str
+  level: str = "O1"
 
   @property
   def name(self) -> str:
@@ -73,6 +77,7 @@ def main() -> None:
   parser.add_argument("--remat", default=_config().model.remat)
   parser.add_argument("--vae", default="tdvae2", help="preset of the encoder")
   parser.add_argument("--optimizer", default=_config().optimizer.name, choices=("adamw", "muon"))
+  parser.add_argument("--level", default="O1", choices=("UNKNOWN", "O0", "O1", "O2", "O3"), help="of optimisation")
   parser.add_argument("--timeout", type=int, default=7200, help="seconds for one compilation")
   parser.add_argument("--table", help="Markdown file whose table gets these lines")
   parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -98,7 +103,7 @@ def _config():
 
 def cases(args: argparse.Namespace) -> list[Case]:
   """Those that the command line asks for."""
-  fields = {name: getattr(args, name) for name in ("fsdp", "tensor", "rho", "remat", "vae", "optimizer")}
+  fields = {name: getattr(args, name) for name in ("fsdp", "tensor", "rho", "remat", "vae", "optimizer", "level")}
   return [
     Case(topology, size, pixels, args.per_chip * (4 if pixels == 512 else 1), **fields)
     for size in args.sizes.split(",")
@@ -110,6 +115,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
 def compile_case(case: Case) -> dict:
   """Compiles here; bytes, FLOPs, seconds for one chip."""
   _set_environment()
+  os.environ["JAX_OPTIMIZATION_LEVEL"] = case.level
   import jax
   from jax.experimental import topologies
   from jax.extend import core

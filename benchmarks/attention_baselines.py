@@ -9,6 +9,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from elasticdit_jax.ops.attention import dense_attention
+
 # Logits in one chunk, float32. On CPU 384 rows of 4224 keys; an accelerator needs more of them at once.
 _CHUNK_LOGITS = {"cpu": 1_700_000}
 _CHUNK_LOGITS_ACCELERATOR = 64_000_000
@@ -103,6 +105,8 @@ def dense_jax() -> dict[str, Callable[..., jax.Array]]:
   found = {"dot_product_attention": partial(jax.nn.dot_product_attention, implementation="xla"), "chunked": chunked}
   if jax.default_backend() == "cpu":
     found["chunked in float32"] = partial(chunked, upcast=True)
+    # What layers of sparsity 0 run; elsewhere that is jax.nn.dot_product_attention.
+    found["ours, dense"] = partial(dense_attention, text_len=0)
   if jax.default_backend() == "gpu":
     found["cuDNN"] = partial(jax.nn.dot_product_attention, implementation="cudnn")
   return found

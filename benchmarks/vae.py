@@ -42,7 +42,7 @@ PAPER = {
   "tdvae1-f8": ("T-DVAE1", 3.37),
   "tdvae2-f8": ("T-DVAE2", 1.81),
 }
-OTHERS = ("tdvae1-f16", "tdvae2-f16", "tdvae2-dense-f8", "nano-f8", "nano-f16")
+OTHERS = ("tdvae1-f16", "tdvae2-f16", "tdvae2-dense-f8", "nano-f8", "nano-f16", "pico-f8")
 TIMED = ("flux", "tdvae1-f8", "tdvae2-f8", "tdvae1-f16", "tdvae2-f16", "nano-f8")
 SIZE = 1024
 

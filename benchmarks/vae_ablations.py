@@ -1,7 +1,8 @@
 """Ablations of T-DVAE on rendered scenes at 64 px: what the paper claims about its VAE, at a budget of minutes.
 
-  python benchmarks/vae_ablations.py                  # everything; not timed yet, meant for 15 minutes of a CPU core
+  python benchmarks/vae_ablations.py                  # everything: 22 minutes of a CPU core
   python benchmarks/vae_ablations.py --only=stages    # or bands, groups, plug
+  python benchmarks/vae_ablations.py --only=plug --student=runs/vae/student    # a student trained for longer
 
   stages   one stage against two, the same number of updates; the two-stage one with and without perceptual loss and GAN
   bands    wavelet bands carried to the next level: LL, the paper's three, all four
@@ -14,6 +15,7 @@ One seed: read nothing into small differences. Prints Markdown.
 
 import argparse
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +30,7 @@ from elasticdit_jax.data import pipeline
 from elasticdit_jax.evals import reconstruction, scene_eval
 from elasticdit_jax.evals.flops import count_flops
 from elasticdit_jax.generate import Pipeline
+from elasticdit_jax.interop import vaes
 from elasticdit_jax.models import tdvae
 from elasticdit_jax.models.codec import Codec
 from elasticdit_jax.train import optim, state, vae, vae_report, vae_stages
@@ -36,7 +39,7 @@ SIZE, BATCH, HELD_OUT = 64, 8, 64
 NANO = tdvae.NANO[8]
 GROUPED = dataclasses.replace(NANO, widths=(16, 64, 128), groups=(1, 4, 8), flow=32)
 DENSE = dataclasses.replace(NANO, widths=(16, 44, 64), flow=24)
-SMALL = dataclasses.replace(NANO, widths=(12, 32, 64), flow=16)
+PICO = tdvae.PRESETS["pico-f8"]
 
 
 def config(size: int = SIZE, **stages: int) -> ConfigDict:
@@ -130,11 +133,15 @@ def groups(steps: int) -> dict[str, dict[str, str]]:
   return {name: row(one_stage(cfg, steps), **describe(cfg)) for name, cfg in shapes.items()}
 
 
-def plug(steps: int) -> dict[str, dict[str, str]]:
-  """At 128 px, the size that the backbone draws; half the updates of the other sections."""
+def plug(steps: int, trained: str = "") -> dict[str, dict[str, str]]:
+  """At 128 px, the size that the backbone draws; half the updates of the other sections, or a trained student."""
   options = config(size=128, stage1=steps // 4, stage2=steps // 4)
   options.stage2.gan_start = steps // 6
-  student, error = two_stages(SMALL, options)
+  if trained:
+    student = vaes.load(trained)[8]
+    error = vae_stages.alignment(vae_stages.prepare(options), student)
+  else:
+    student, error = two_stages(PICO, options)
   pipeline_ = Pipeline.load()
   teacher = pipeline_.model.codecs[8]
   rows = {}
@@ -169,10 +176,12 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--only", choices=SECTIONS, help="one section")
   parser.add_argument("--steps", type=int, default=800, help="updates per VAE")
+  parser.add_argument("--student", default="", help="for plug: directory of a trained f8 VAE with the shipped latents")
   options = parser.parse_args()
-  for name in [options.only] if options.only else SECTIONS:
+  sections = {**SECTIONS, "plug": functools.partial(plug, trained=options.student)}
+  for name in [options.only] if options.only else sections:
     begin = time.process_time()
-    rows = SECTIONS[name](options.steps)
+    rows = sections[name](options.steps)
     sys.stdout.write(f"## {name}, {options.steps} updates\n\n{table(rows)}\n\n")
     sys.stdout.write(f"{time.process_time() - begin:.0f} CPU seconds on {jax.devices()[0].device_kind}\n\n")
     sys.stdout.flush()

@@ -93,7 +93,7 @@ class RooflineTest(absltest.TestCase):
 
   def test_cases_of_the_command_line(self):
     args = argparse.Namespace(topologies="v5e-256,v5p-512", sizes="S,L", pixels="512,1024", per_chip=4, fsdp=16)
-    args.__dict__.update(tensor=1, rho=0.8, remat="full", vae="tdvae2", optimizer="adamw")
+    args.__dict__.update(tensor=1, rho=0.8, remat="full", vae="tdvae2", optimizer="adamw", level="O1")
     found = aot_pods.cases(args)
     self.assertLen(found, 8)
     self.assertEqual({(c.pixels, c.per_chip) for c in found}, {(512, 16), (1024, 4)})  # as many tokens
