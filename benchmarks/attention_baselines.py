@@ -106,7 +106,7 @@ def dense_jax() -> dict[str, Callable[..., jax.Array]]:
   if jax.default_backend() == "cpu":
     found["chunked in float32"] = partial(chunked, upcast=True)
     # What layers of sparsity 0 run; elsewhere that is jax.nn.dot_product_attention.
-    found["ours, dense"] = partial(dense_attention, text_len=0)
+    found["dense_attention"] = partial(dense_attention, text_len=0)
   if jax.default_backend() == "gpu":
     found["cuDNN"] = partial(jax.nn.dot_product_attention, implementation="cudnn")
   return found

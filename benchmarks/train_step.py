@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch_dit
 
-from elasticdit_jax import elastic
+from elasticdit_jax import elastic, huge_pages
 from elasticdit_jax.evals.flops import count_flops
 from elasticdit_jax.models import dit, tdvae
 from elasticdit_jax.models.codec import Codec
@@ -259,4 +259,5 @@ def table(candidates: Sequence[Timed], batch: int, peaks: Sequence[float]) -> It
 
 
 if __name__ == "__main__":
+  huge_pages.restart_with_them()
   main()

@@ -47,10 +47,10 @@ def get_config(arg: str = "") -> ConfigDict:
   config.model = ConfigDict({"remat": "none", "dtype": "float32"})
   config.data = ConfigDict({"source": "scenes", "path": "", "caption_field": "text", "size": 0})
   config.prompts = ConfigDict(
-    {"file": "", "tasks": "counting=7,position=5,color_attr=3,colors=1,two_obj=1,single_obj=1", "held_out": 0.15}
+    {"file": "", "tasks": "counting=6,position=4,color_attr=3,colors=2,two_obj=2,single_obj=4", "held_out": 0.15}
   )
   config.rewards = ConfigDict({"weights": "scene_strict=0.5,scene_partial=0.5", "models": "", "servers": ""})
-  config.rollout = ConfigDict({"routes": "max-f8+lite-f8,max-f16+lite-f16", "prompts": 12, "group": 8})
+  config.rollout = ConfigDict({"routes": "max-f8+lite-f8,max-f16+lite-f16", "prompts": 24, "group": 8})
   config.rollout.update({"steps": 10, "guidance": 1.0, "noise": "sde", "level": 0.7})
   config.rollout.update({"window": 3, "first": 0, "last": -1, "batch": 32})
   config.objective = ConfigDict(
@@ -61,7 +61,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.optimizer = common.adamw(learning_rate=2e-4, warmup_steps=0, decay_fraction=0.0, weight_decay=0.0)
   for field in ("warmup_steps", "decay_fraction"):  # the rate is constant
     del config.optimizer[field]
-  config.train = ConfigDict({"epochs": 100, "ema_decay": 0.9, "log_every": 5, "save_every": 20, "keep": 2})
+  config.train = ConfigDict({"epochs": 110, "ema_decay": 0.97, "log_every": 5, "save_every": 20, "keep": 2})
   config.watch = ConfigDict({"every": 20, "prompts": 24, "pictures": 128, "loss": 0.05, "diversity": 0.5})
   config.watch.patience = 3
   config.report = ConfigDict({"per_task": 40, "steps": 20, "guidance": 1.0, "pictures": 8})
