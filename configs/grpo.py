@@ -12,9 +12,9 @@ Rewards are exact: the detector of the embedded scenes, objects nobody asked for
 report.md in the workdir: scores before and after, on combinations of training and on held-out ones, and what the
 reward cost: flow-matching loss of held-out pictures and diversity. docs/alignment.md explains the fields.
 
-The default is DiffusionNFT. 110 epochs take 30 to 45 minutes on one CPU core. Strict score on unseen combinations without
-guidance, before and after, one seed: max-f8 75 and 89, lite-f8 63 and 84, max-f16 73 and 80, lite-f16 55 and 75;
-held-out flow-matching loss up 4 to 5 %. Half of it, 16 minutes: rollout.prompts=12 train.epochs=100.
+The default is DiffusionNFT. 110 epochs take 30 to 45 minutes on one CPU core. Strict score on unseen combinations
+without guidance, before and after, one seed: max-f8 75 and 89, lite-f8 63 and 84, max-f16 73 and 80, lite-f16 55 and
+75; held-out flow-matching loss up 4 to 5 %. Half the pictures, 16 minutes: --config.rollout.prompts=12.
 
 Variants, after the colon, all along the same code:
 
