@@ -9,7 +9,7 @@ _CONFIGS = (
   uwco.get_config(),
   uwco.get_config("paper"),
   pretrain.get_config(),
-  vae.get_config(),
+  vae.get_config("factor=8"),
   vae.get_config("stages=two"),
 )
 
