@@ -2,7 +2,7 @@
 
   pip install "elasticdit_jax[aot]"                       # libtpu, the compiler; several hundred MB
   python benchmarks/aot_pods.py                           # size L, 1024 px, 4 images a chip, four pods
-  python benchmarks/aot_pods.py --sizes=S,B,L --pixels=512,1024 --table=docs/pods.md    # its table: two hours
+  python benchmarks/aot_pods.py --sizes=S,B,L --pixels=512,1024 --table=docs/pods.md    # its table: hours
   python benchmarks/aot_pods.py --topologies=v5e-256 --per_chip=8 --remat=full
 
 A case is step.make_step as configs/uwco.py:paper runs it in phases 2 and 4: encoder, flex-max and flex-lite on one
@@ -10,8 +10,8 @@ batch, both sparse, block by block recomputation, bfloat16 over float32 paramete
 laid out by train/sharding.py. The exit code is 1 where a program does not fit its chips. With --table the lines of the
 cases just compiled take the place of older ones in a Markdown file, between two comments that say aot_pods.
 
-The compiler's level is O1 (JAX_OPTIMIZATION_LEVEL, which training honours as well): L takes minutes and 3 GB of this
-machine's memory; at the usual level it had not ended after 16 minutes of CPU time, with 18 GB.
+The compiler's level is O1 (JAX_OPTIMIZATION_LEVEL, which training honours as well): L takes minutes and 3 GB of the
+host's memory; at the usual level it had not ended after 16 minutes of CPU time, with 18 GB.
 
 Printed for one chip: HBM (arguments, results, temporaries, code) beside what the chip has, FLOPs counted in the jaxpr
 (recomputation included; "model" leaves it out), collectives by kind with the bytes that go over the wires by ring
@@ -58,7 +58,7 @@ class Case:
   remat: str
   vae: str
   optimizer: str
-  level: str = "O1"
+  level: str
 
   @property
   def name(self) -> str:
@@ -114,8 +114,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 def compile_case(case: Case) -> dict:
   """Compiles here; bytes, FLOPs, seconds for one chip."""
-  _set_environment()
-  os.environ["JAX_OPTIMIZATION_LEVEL"] = case.level
+  _set_environment(case.level)
   import jax
   from jax.experimental import topologies
   from jax.extend import core
@@ -158,8 +157,8 @@ def roofline(result: dict, chip: accelerators.Chip) -> dict[str, float]:
   return seconds
 
 
-def _set_environment() -> None:
-  os.environ.update(JAX_PLATFORMS="cpu", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+def _set_environment(level: str) -> None:
+  os.environ.update(JAX_PLATFORMS="cpu", ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_OPTIMIZATION_LEVEL=level)
   # These only keep the compiler from asking around for a TPU.
   quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
   for name, value in {**quiet, "TPU_WORKER_ID": "0"}.items():

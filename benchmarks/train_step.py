@@ -6,9 +6,10 @@
   pip install "elasticdit_jax[torch]"                          # adds the same step of diffusers' SD3 transformer
 
 A step is that of the uwco task: noise, losses, gradients, clipping, AdamW, EMA, with float32 parameters; --vae adds an
-encoder (a preset such as tdvae2), which is left out otherwise, as it is in torch's step. One process; all candidates
-take turns, and the least time counts. On a CPU it is that of all threads (user and system), which stays meaningful
-while other programs run; wall time stands beside it, and is what counts on an accelerator.
+encoder (a preset such as tdvae2), which is left out otherwise, as it is in torch's step. One process, with huge pages
+where Linux gives them (GLIBC_TUNABLES=glibc.malloc.hugetlb=0 keeps it from asking); all candidates take turns, and the
+least time counts. On a CPU it is that of all threads (user and system), which stays meaningful while other programs
+run; wall time stands beside it, and is what counts on an accelerator.
 
 MFU is 2 * multiply-accumulates of the model, forward and backward, without what is computed twice to save memory, over
 the peak of the chip; on a CPU over the rate of a large float32 matrix product measured in between. "of ideal" is the

@@ -2,7 +2,7 @@
 
   python benchmarks/vae_ablations.py                  # everything: 22 minutes of a CPU core
   python benchmarks/vae_ablations.py --only=stages    # or bands, groups, plug
-  python benchmarks/vae_ablations.py --only=plug --student=runs/vae/student    # a student trained for longer
+  python benchmarks/vae_ablations.py --only=plug --student=runs/vae-student    # of configs/vae.py:stages=two
 
   stages   one stage against two, the same number of updates; the two-stage one with and without perceptual loss and GAN
   bands    wavelet bands carried to the next level: LL, the paper's three, all four

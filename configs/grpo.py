@@ -14,7 +14,7 @@ reward cost: flow-matching loss of held-out pictures and diversity. docs/alignme
 
 The default is DiffusionNFT. 110 epochs take 30 to 45 minutes on one CPU core. Strict score on unseen combinations
 without guidance, before and after, mean of two seeds: max-f8 75 and 89, lite-f8 63 and 82, max-f16 73 and 81, lite-f16
-55 and 75; held-out flow-matching loss up 4 to 5 %. Half the pictures, 16 minutes: --config.rollout.prompts=12.
+55 and 75; held-out flow-matching loss up 4 to 5 %.
 
 Variants, after the colon, all along the same code:
 

@@ -81,18 +81,16 @@ def check(config: Any, codecs: Mapping[int, codec_lib.Codec] | None = None) -> c
   Raises:
     ValueError: naming the field that does not fit.
   """
-  if "stage1" in config:
-    return vae_stages.prepare(config, codecs).cfg
+  return vae_stages.prepare(config, codecs).cfg if "stage1" in config else _prepare(config)[0]
+
+
+def _prepare(config: Any) -> tuple[codec_lib.Config, tuple[Any, Any, Any], optax.GradientTransformation]:
+  """Shape, (training source, validation source, encoder) and optimiser of a run in one stage; writes nothing."""
   check_ranges(config)
   cfg = vae_report.shape(config)
-  pipeline.source_from_config(config.data)
-  _optimizer(config, cfg)
-  return cfg
-
-
-def _optimizer(config: Any, cfg: codec_lib.Config) -> optax.GradientTransformation:
   schedule = optim.schedule(config.optimizer, config.train.steps)
-  return optim.make(config.optimizer, codec_lib.init_shapes(cfg), schedule)
+  tx = optim.make(config.optimizer, codec_lib.init_shapes(cfg), schedule)
+  return cfg, pipeline.source_from_config(config.data), tx
 
 
 def run_one(config: Any, workdir: str, codecs: Mapping[int, codec_lib.Codec] | None = None) -> None:
@@ -101,10 +99,7 @@ def run_one(config: Any, workdir: str, codecs: Mapping[int, codec_lib.Codec] | N
     vae_stages.run(config, workdir, codecs)
     return
   check_workdir(workdir, config, vae_report.NEUTRAL)
-  check_ranges(config)
-  cfg = vae_report.shape(config)
-  source, validation, encoder = pipeline.source_from_config(config.data)
-  tx = _optimizer(config, cfg)
+  cfg, (source, validation, encoder), tx = _prepare(config)
   current = state.create(vae_report.init(cfg, jax.random.key(config.seed)), tx, config.seed)
   step = make_step(cfg, tx, config.loss, config.train.ema_decay)
   settings = loop.Settings(

@@ -84,7 +84,7 @@ class RooflineTest(absltest.TestCase):
     self.assertEqual(got, {"compute": 1.0, "hbm": 0.5, "ici": 0.1, "dcn": 0.0})
 
   def test_report_says_estimate_and_whether_it_fits(self):
-    case = aot_pods.Case("v5e-256", "L", 1024, 4, 16, 1, 0.8416, "full", "tdvae2", "adamw")
+    case = aot_pods.Case("v5e-256", "L", 1024, 4, 16, 1, 0.8416, "full", "tdvae2", "adamw", "O1")
     text = "\n".join(aot_pods.report(case, _RESULT | {"roofline": {"compute": 1.0, "ici": 0.25}}))
     self.assertIn("7.00 GiB of 16.00: fits", text)
     self.assertIn("an estimate: compute 1000 ms, ici 250 ms; 1000 ms if all overlap, 1250 ms if nothing does", text)
