@@ -178,7 +178,8 @@ def _step(case: Case, layout):
   cfg = layout.bind(_backbone(case))
   config = _config()
   optimizer = {**config.optimizer, "name": case.optimizer}
-  tx = optim.make(optimizer, dit.init_shapes(cfg), optim.schedule(optimizer, config.phases.init.steps))
+  rate = optim.schedule(optimizer, config.phases.init.steps)
+  tx = optim.make(optimizer, dit.init_shapes(cfg), rate, layout.places)
   shapes = jax.eval_shape(lambda params: state.create(params, tx, 0), dit.init_shapes(cfg))
   places = layout.of(shapes)
   everywhere = jax.NamedSharding(layout.mesh, PartitionSpec())

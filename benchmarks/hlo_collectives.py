@@ -9,6 +9,7 @@ _LINE = re.compile(rf"^\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(-star
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,\s]+)\}")
+_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\].*?\{([^}]*)\}")  # 'axis_0'=2 ..., and the axes of a group
 _BETWEEN_SLICES = re.compile(r"^\s*%?[\w.\-]+ = (.*?) send\(.*_xla_megascale_transfer_type=\"(\w+)\"")
 
 
@@ -59,7 +60,10 @@ def _elements(shapes: str) -> list[str]:
 
 def _members(line: str, devices: int) -> int:
   """How many take part in each group."""
-  iota, listed = _IOTA.search(line), _LISTED.search(line)
+  iota, listed, named = (pattern.search(line) for pattern in (_IOTA, _LISTED, _NAMED))
+  if named:
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
   if iota:
     return int(iota[1].split(",")[1])
   return len(listed[1].split(",")) if listed else devices

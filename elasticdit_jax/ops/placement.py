@@ -1,13 +1,15 @@
-"""Where a program will run, for code that XLA cannot place by itself: hand-written kernels.
+"""Where a program will run, for what XLA does not place well by itself: hand-written kernels, whole matrices.
 
 A kernel is opaque to XLA's partitioner: in a program split over devices it has to say itself which axes are split. This
 is why this file, beside train/sharding.py, speaks of meshes: it reads the one the caller has set and owns none.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
-from jax.sharding import PartitionSpec
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from elasticdit_jax.types import Array
 
@@ -34,6 +36,41 @@ def split(x: jax.Array, *axes: Axes) -> jax.Array:
   if not any(axes):
     return x
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def over_matrices(work: Callable[[jax.Array], jax.Array], stack: jax.Array, place: NamedSharding | None) -> jax.Array:
+  """work(stack), shared by whole matrices among the devices that each hold a part of all of them.
+
+  Args:
+    work: of a stack, matrix by matrix; zeros stay zeros.
+    stack: [n, rows, columns], whose matrices lie at `place`.
+    place: rows and columns split over mesh axes, or None for a program that is not split.
+
+  Returns:
+    Like stack, at `place` again.
+  """
+  rows, columns = (*(place.spec if place else ()), None, None)[:2]
+  axes = (*_names(rows), *_names(columns))
+  if not axes:
+    return work(stack)
+  # One axis at a time: XLA knows no single exchange for two of them, and would gather everything everywhere.
+  way = (None, rows, columns), (_names(rows), None, columns), (axes, None, None)
+  n, parts = len(stack), math.prod(place.mesh.shape[axis] for axis in axes)
+  stack = jnp.pad(stack, ((0, -n % parts), (0, 0), (0, 0)))
+  for spec in way:
+    stack = _put(stack, place, spec)
+  done = work(stack)
+  for spec in reversed(way):
+    done = _put(done, place, spec)
+  return done[:n]
+
+
+def _put(x: jax.Array, place: NamedSharding, spec: tuple[Axes, ...]) -> jax.Array:
+  return jax.lax.with_sharding_constraint(x, NamedSharding(place.mesh, PartitionSpec(*spec)))
+
+
+def _names(axes: Axes) -> tuple[str, ...]:
+  return (axes,) if isinstance(axes, str) else axes or ()
 
 
 def over_batch_and_heads(
@@ -82,7 +119,7 @@ def over_batch_and_heads(
 
 
 def _check_axes(name: str, axes: Axes, size: int, mesh: jax.sharding.AbstractMesh) -> None:
-  for axis in (axes,) if isinstance(axes, str) else axes or ():
+  for axis in _names(axes):
     if axis not in mesh.axis_names:
       have = ", ".join(map(repr, mesh.axis_names)) or "none: call jax.set_mesh first"
       raise ValueError(f"{name}: expected axes of the current mesh ({have}), got {axis!r}")

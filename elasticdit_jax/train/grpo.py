@@ -85,7 +85,7 @@ class Run:
     """Restores or initialises, trains, and reports."""
     job, config, setup = self.job, self.config, self.setup
     schedule = optim.schedule(config.optimizer, config.train.epochs * config.objective.updates)
-    self.policy = setup.policy(lambda trained: optim.make(config.optimizer, trained, schedule))
+    self.policy = setup.policy(lambda trained: optim.make(config.optimizer, trained, schedule, job.layout.places))
     self.sampler = Sampler(job, setup.plan, self.policy.objective, config.objective.spread, setup.reward)
     current = self.policy.create(setup.weights, config.seed)
     distributed.on_first("workdir", lambda: check_space(job.workdir, current))

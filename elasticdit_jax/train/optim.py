@@ -14,14 +14,18 @@ masks the updates and the optimiser's own state.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
+
+from elasticdit_jax.ops import placement
 
 Params = Any
+Places = Callable[[Params], Any]  # a tree -> the NamedSharding of each of its leaves, such as Layout.of
 _BLOCK = re.compile(r"block_\d+$")
 _NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)  # Jordan et al. 2024, "Muon"
 _NEWTON_SCHULZ_STEPS = 5
@@ -71,7 +75,7 @@ def _check(config: Mapping[str, Any], total_steps: int) -> None:
 
 
 def make(
-  config: Mapping[str, Any], params: Params, learning_rate: optax.ScalarOrSchedule
+  config: Mapping[str, Any], params: Params, learning_rate: optax.ScalarOrSchedule, places: Places | None = None
 ) -> optax.GradientTransformation:
   """The optimiser of config.optimizer.
 
@@ -79,6 +83,7 @@ def make(
     config: see the module docstring.
     params: the parameters or their shapes (`jax.eval_shape`); only names and ranks are read.
     learning_rate: usually `schedule(config, total_steps)`; counted in updates.
+    places: where the parameters lie, in a program split over devices; see `scale_by_grouped_muon`.
 
   Raises:
     ValueError: naming the field that is out of range.
@@ -87,7 +92,7 @@ def make(
   adam = optax.scale_by_adam(b1=config["b1"], b2=config["b2"])
   if config["name"] == "muon":
     labels = jax.tree.map(lambda m: "matrix" if m else "other", block_matrices(params))
-    scale = optax.partition({"matrix": scale_by_grouped_muon(), "other": adam}, labels)
+    scale = optax.partition({"matrix": scale_by_grouped_muon(places=places), "other": adam}, labels)
   else:
     scale = adam
   return optax.chain(
@@ -118,11 +123,17 @@ class MuonState(NamedTuple):
   mu: Params
 
 
-def scale_by_grouped_muon(beta: float = 0.95, eps: float = 1e-8) -> optax.GradientTransformation:
+def scale_by_grouped_muon(
+  beta: float = 0.95, eps: float = 1e-8, places: Places | None = None
+) -> optax.GradientTransformation:
   """Muon for a tree of matrices, with Nesterov momentum and AdamW-sized steps.
 
   The arithmetic of `optax.contrib.muon(consistent_rms=0.2)`, with matrices of one shape orthogonalised as a stack:
   blocks repeat the same few shapes, and one batched product compiles and runs faster than dozens of small ones.
+
+  With `places`, the devices that share the matrices of a stack also share the work, each with whole matrices of its
+  own: two exchanges per stack. Left to itself the partitioner cuts within matrices, over all axes of the mesh, and
+  sends the products between devices in each of five iterations, from slice to slice as well.
   """
 
   def init(params: Params) -> MuonState:
@@ -136,18 +147,22 @@ def scale_by_grouped_muon(beta: float = 0.95, eps: float = 1e-8) -> optax.Gradie
     now = optax.tree.bias_correction(grads, beta, count)
     steps = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, ahead, now)
     leaves, structure = jax.tree.flatten(steps)
-    return structure.unflatten(_orthogonalize_by_shape(leaves, eps)), MuonState(count, mu)
+    where = [None] * len(leaves) if places is None else jax.tree.leaves(places(steps))
+    return structure.unflatten(_orthogonalize_by_shape(leaves, where, eps)), MuonState(count, mu)
 
   return optax.GradientTransformation(init, update)
 
 
-def _orthogonalize_by_shape(matrices: list[jax.Array], eps: float) -> list[jax.Array]:
-  groups: dict[tuple[int, ...], list[int]] = {}
-  for i, matrix in enumerate(matrices):
-    groups.setdefault(matrix.shape, []).append(i)
+def _orthogonalize_by_shape(
+  matrices: list[jax.Array], places: list[NamedSharding | None], eps: float
+) -> list[jax.Array]:
+  groups: dict[tuple[Any, ...], list[int]] = {}
+  for i, (matrix, place) in enumerate(zip(matrices, places, strict=True)):
+    groups.setdefault((matrix.shape, place), []).append(i)
   out = list(matrices)
-  for shape, members in groups.items():
-    stack = _orthogonalize(jnp.stack([matrices[i] for i in members]), eps)
+  for (shape, place), members in groups.items():
+    stack = jnp.stack([matrices[i] for i in members])
+    stack = placement.over_matrices(lambda stack: _orthogonalize(stack, eps), stack, place)
     for i, matrix in zip(members, stack * (_ADAM_LIKE_RMS * max(shape) ** 0.5), strict=True):
       out[i] = matrix
   return out

@@ -118,6 +118,11 @@ class Layout:
       logging.info("sharding: %d arrays are not divided as their rule says, such as %s", len(whole), whole[0])
     return shardings
 
+  @property
+  def places(self) -> Callable[[Any], Any] | None:
+    """`of`, for code that asks where parameters lie; None on a single device."""
+    return None if self.single else self.of
+
   def _resolve(self, spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
     """`spec` without the axes that do not divide their dimension, or have none."""
     kept = []

@@ -96,6 +96,7 @@ def losses_at(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """`group_losses` at given points: VAE factor -> (x_t, t, eps - x0), see `noised`."""
   metrics, guides, total = {}, {}, 0.0
+  params = _rounded(cfg, params)
   for route in group:
     x_t, t, target = points[route.vae]
     if distill and route.vae not in guides:
@@ -108,6 +109,16 @@ def losses_at(
     if distill:
       total = total + distill * jnp.mean(jnp.square(v - guides[route.vae]))
   return total / len(group), metrics
+
+
+def _rounded(cfg: dit.DiTConfig, params: Any) -> Any:
+  """params with the matrices of blocks in the dtype of their products: rounded once, not once for each route.
+
+  Gradients of all routes then meet in that dtype, before devices exchange them: one exchange per matrix. Rounded along
+  each route, they would be exchanged along each, and be added up afterwards.
+  """
+  matrices = optim.block_matrices(params)
+  return jax.tree.map(lambda x, matrix: x.astype(cfg.dtype) if matrix else x, params, matrices)
 
 
 def factors(group: Group) -> tuple[int, ...]:

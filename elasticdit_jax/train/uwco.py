@@ -85,7 +85,7 @@ class Run:
     """Restores or initialises, trains, and reports."""
     job, config, layout = self.job, self.job.config, self.job.layout
     schedule = optim.schedule(config.optimizer, self.stop)
-    tx = optim.make(config.optimizer, dit.init_shapes(job.cfg), schedule)
+    tx = optim.make(config.optimizer, dit.init_shapes(job.cfg), schedule, layout.places)
     spike = config.guard.spike
     create = functools.partial(
       state.create, tx=tx, seed=config.seed, teacher=config.train.distill > 0, spikes=spike > 0

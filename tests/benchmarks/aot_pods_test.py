@@ -45,6 +45,11 @@ class CollectivesTest(parameterized.TestCase):
     ("  %x = ((f32[4], f32[8]), (f32[16], f32[32])) all-gather-start(%a, %b), replica_groups=[1,4]<=[4]", 192, 144),
     ("  %x = (f32[4], f32[8]) all-reduce(%a, %b), replica_groups=[1,4]<=[4], to_apply=%add", 48, 2 * 48 * 3 / 4),
     ("  %x = f32[8] collective-permute(%a), source_target_pairs={{0,1},{1,0}}", 32, 32),
+    (
+      "  %x = f32[8] all-reduce(%a), replica_groups=mesh['a'=2,'b'=1,'c'=2], device_ids=([2,2]T(1,0)) {'a','b'}, x={}",
+      32,
+      32,
+    ),
     ("  %x = f32[8] all-reduce(%a), replica_groups=[4,1]<=[4], to_apply=%add", 32, 0),
   )
   def test_bytes_and_what_goes_over_the_wires(self, line, size, sent):

@@ -6,6 +6,8 @@ python -m tests.multi_device.step_cases
 import dataclasses
 import functools
 import json
+import math
+import re
 import sys
 
 import jax
@@ -14,7 +16,7 @@ import numpy as np
 import optax
 
 from elasticdit_jax import elastic
-from elasticdit_jax.train import sharding, state, step
+from elasticdit_jax.train import optim, sharding, state, step
 from tests.evals import tiny_model
 from tests.train import small
 
@@ -73,12 +75,63 @@ def parts(tree):
   return {name: share for name, share in shares.items() if share < 1}
 
 
+def muon():
+  """An update by Muon over 2 x 2 x 2 devices: what it differs by from one device, and groups that `data` spans."""
+  keys = jax.random.split(jax.random.key(0), 6)
+  blocks = [f"block_{i:02d}" for i in range(3)]  # an uneven number for the 4 devices that share them
+  params = {
+    block: {"qkv": {"kernel": jax.random.normal(a, (8, 24))}, "down": {"kernel": jax.random.normal(b, (32, 8))}}
+    for block, a, b in zip(blocks, keys[:3], keys[3:], strict=True)
+  }
+  grads = jax.tree.map(lambda x: x**2, params)
+  options = dict(small.optimizer(learning_rate=1.0, warmup_steps=0, decay_fraction=0.0, weight_decay=0.0))
+  found = {}
+  for devices in (jax.devices()[:1], jax.devices()):
+    layout = sharding.make(devices, **({"fsdp": 2, "tensor": 2} if len(devices) > 1 else {}))
+    tx = optim.make(options | {"name": "muon"}, params, 1.0, layout.places)
+    args = layout.build(lambda params, grads, tx=tx: (grads, tx.init(params), params), params, grads)
+    with layout.active():
+      program = jax.jit(tx.update).lower(*args).compile()
+    found[len(devices)] = program(*args)[0], program.as_text()
+  (want, _), (got, text) = found[1], found[8]
+  apart_by = max(apart(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
+  groups = list(_groups(text))
+  return {"apart": apart_by, "groups": len(groups), "across": [g for g in groups if len({d // 4 for d in g}) > 1]}
+
+
+def _groups(program):
+  """Lists of the devices that exchange something, from the text of a compiled program in its three notations."""
+  for listed in re.findall(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]+\})\}", program):
+    yield from ([int(d) for d in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed))
+  for shape, order in re.findall(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", program):
+    yield from _devices(order).reshape(_numbers(shape)).tolist()
+  named = r"replica_groups=mesh\[([^\]]+)\](?:, device_ids=\(([^ ]+)\))? \{([^}]+)\}"
+  for mesh, order, axes in re.findall(named, program):
+    names, sizes = zip(*re.findall(r"'(\w+)'=(\d+)", mesh), strict=True)
+    sizes, chosen = [int(n) for n in sizes], [names.index(axis) for axis in re.findall(r"'(\w+)'", axes)]
+    devices = (_devices(order) if order else np.arange(math.prod(sizes))).reshape(sizes)
+    members = math.prod(sizes[i] for i in chosen)
+    yield from np.moveaxis(devices, chosen, range(-len(chosen), 0)).reshape(-1, members).tolist()
+
+
+def _devices(order):
+  """Numbers of devices in an order such as [2,4]T(1,0)."""
+  dims, _, moved = order.partition("T")
+  devices = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
+  return devices.transpose(_numbers(moved)) if moved else devices
+
+
+def _numbers(text):
+  return [int(n) for n in text.strip("[]()").split(",")]
+
+
 def main() -> None:
   jax.config.update("jax_num_cpu_devices", 8)
   jax.config.update("jax_disable_most_optimizations", True)
   alone = sharding.make(jax.devices()[:1])
   want, want_metrics, _ = _run(alone)
   report = {"frozen": apart(want.params["block_01"]["modulation"], want.teacher["block_01"]["modulation"])}
+  report["muon"] = muon()
   for name, (fsdp, tensor, accumulate) in CASES.items():
     layout = sharding.make(jax.devices(), fsdp=fsdp, tensor=tensor)
     got, metrics, traces = _run(layout, accumulate)

@@ -33,6 +33,12 @@ class ShardedStepTest(parameterized.TestCase):
   def test_frozen_blocks_do_not_move(self):
     self.assertEqual(self.report["frozen"], 0.0)
 
+  def test_muon_shares_its_work_within_a_slice(self):
+    found = self.report["muon"]
+    self.assertLess(found["apart"], _TOLERANCE)
+    self.assertGreater(found["groups"], 0)
+    self.assertEqual(found["across"], [], "weights are the same along data: nothing needs to be sent")
+
   def test_the_layout_is_told(self):
     self.assertEqual(self.report["mix"]["described"], "8 devices (cpu): data 2 x fsdp 2 x tensor 2; 1 processes")
 

@@ -100,6 +100,30 @@ class StepTest(absltest.TestCase):
     current, _ = update(current, self.model.codecs, self.batch, group=group, trainable=group, distilled=True)
     small.same(self, before, current.teacher)
 
+  def test_in_bfloat16_matrices_are_rounded_once_for_all_routes_and_losses_do_not_change(self):
+    cfg, group = dataclasses.replace(self.model.cfg, dtype="bfloat16"), (_LITE["max-f8"], _LITE["lite-f8"])
+    points = {8: step.noised(cfg, self.flow, self.x0, jax.random.key(0), 8)}
+
+    def loss(params, group):
+      return step.losses_at(cfg, params, points, self.batch.text, group)[0]
+
+    matrices = jax.tree.leaves(optim.block_matrices(self.model.params))
+    shapes = {x.shape for x, m in zip(jax.tree.leaves(self.model.params), matrices, strict=True) if m}
+    traced = jax.make_jaxpr(loss, static_argnums=1)(self.model.params, group)
+    rounded = [
+      e for e in traced.eqns if e.primitive.name == "convert_element_type" and e.invars[0].aval.shape in shapes
+    ]
+    self.assertLen(rounded, sum(matrices))
+    value_and_grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    together, alone = value_and_grad(self.model.params, group), [value_and_grad(self.model.params, (r,)) for r in group]
+    x_t, t, target = points[8]
+    want = [jnp.mean(jnp.square(_velocity(cfg, self.model.params, x_t, t, self.batch.text, r) - target)) for r in group]
+    self.assertAlmostEqual(float(together[0]), float(np.mean(want)), places=4)
+    for got, *parts in zip(jax.tree.leaves(together[1]), *(jax.tree.leaves(g) for _, g in alone), strict=True):
+      self.assertEqual(got.dtype, jnp.float32)
+      mean = np.mean(parts, axis=0)
+      np.testing.assert_allclose(got, mean, rtol=0, atol=0.01 * np.abs(mean).max() + 1e-6)
+
   def test_deterministic_and_one_trace_per_group(self):
     a, b, update = self._state(), self._state(), self.update
     group, sizes = (_LITE["lite-f8"],), []
