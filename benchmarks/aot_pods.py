@@ -197,6 +197,7 @@ def _step(case: Case, layout):
     _flow(),
     tx,
     ema_decay=config.train.ema_decay,
+    round_once=layout.slices > 1,
     out_shardings=(places, everywhere) if not layout.single else None,
   )
   group = _group(case, cfg.depth)

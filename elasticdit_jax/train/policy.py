@@ -192,7 +192,8 @@ def gradients(
     before = jnp.where(fresh, jax.lax.stop_gradient(v), v_old)
     anchor = None
     if objective.kl:
-      anchor = jax.lax.stop_gradient(_guided(cfg, reference, moments.x, row.t, part, null, guidance, route))
+      scale_of_anchor = guidance if objective.guidance == 1 else jnp.float32(objective.guidance)
+      anchor = jax.lax.stop_gradient(_guided(cfg, reference, moments.x, row.t, part, null, scale_of_anchor, route))
     return losses.loss(objective, v, before, anchor, moments)
 
   (value, sums), grads = jax.value_and_grad(objective_of, has_aux=True)(trained)

@@ -57,10 +57,12 @@ class Layout:
   Attributes:
     mesh: of the axes AXES.
     rules: see RULES.
+    slices: groups of devices with slow links between them, that the outermost part of `data` runs across.
   """
 
   mesh: Mesh
   rules: Rules = RULES
+  slices: int = 1
 
   @property
   def single(self) -> bool:
@@ -265,7 +267,7 @@ def make(
   if slices < 1 or len(devices) % slices:
     raise ValueError(f"slices: expected a divisor of the {len(devices)} devices, got {slices}")
   sizes = _sizes(len(devices) // slices, {"fsdp": fsdp, "tensor": tensor})
-  return Layout(Mesh(_arrange(devices, slices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES)), rules)
+  return Layout(Mesh(_arrange(devices, slices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES)), rules, slices)
 
 
 def _sizes(devices: int, asked: dict[str, int]) -> tuple[int, int, int]:

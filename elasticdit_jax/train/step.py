@@ -96,7 +96,6 @@ def losses_at(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """`group_losses` at given points: VAE factor -> (x_t, t, eps - x0), see `noised`."""
   metrics, guides, total = {}, {}, 0.0
-  params = _rounded(cfg, params)
   for route in group:
     x_t, t, target = points[route.vae]
     if distill and route.vae not in guides:
@@ -109,16 +108,6 @@ def losses_at(
     if distill:
       total = total + distill * jnp.mean(jnp.square(v - guides[route.vae]))
   return total / len(group), metrics
-
-
-def _rounded(cfg: dit.DiTConfig, params: Any) -> Any:
-  """params with the matrices of blocks in the dtype of their products: rounded once, not once for each route.
-
-  Gradients of all routes then meet in that dtype, before devices exchange them: one exchange per matrix. Rounded along
-  each route, they would be exchanged along each, and be added up afterwards.
-  """
-  matrices = optim.block_matrices(params)
-  return jax.tree.map(lambda x, matrix: x.astype(cfg.dtype) if matrix else x, params, matrices)
 
 
 def factors(group: Group) -> tuple[int, ...]:
@@ -157,6 +146,7 @@ def make_step(
   distill: float = 0.0,
   accumulate: int = 1,
   spike: float = 0.0,
+  round_once: bool = False,
   out_shardings: Any = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """The jitted update (state, codecs, batch, group, trainable, distilled) -> (state, metrics).
@@ -173,6 +163,9 @@ def make_step(
       update up to rounding.
     spike: an update whose loss is above `spike` times its running mean, or not finite, is left out, and metrics say
       "skipped" 1; 0 leaves none out. Needs state.create(..., spikes=True).
+    round_once: matrices of blocks take the dtype of their products once an update, not once a route. In bfloat16 the
+      gradients of all routes then meet before devices exchange them, not afterwards: half the transfers for two routes,
+      for the memory of one route's gradients, whole. Worth it where links are slow: between slices.
     out_shardings: for (state, metrics), as jax.jit takes them; None where there is one device.
   """
 
@@ -188,6 +181,7 @@ def make_step(
       }
 
       def loss_fn(params):
+        params = _rounded(cfg, params) if round_once else params
         return losses_at(cfg, params, points, batch.text, group, state.teacher, weight)
 
       return jax.value_and_grad(loss_fn, has_aux=True)(state.params)
@@ -246,6 +240,11 @@ def _without_spike(
 
   kept = {field: keep(getattr(new, field), getattr(old, field)) for field in ("params", "opt_state", "ema")}
   return dataclasses.replace(new, loss_mean=moved, **kept), metrics | {"skipped": 1.0 - good}
+
+
+def _rounded(cfg: dit.DiTConfig, params: Any) -> Any:
+  matrices = optim.block_matrices(params)
+  return jax.tree.map(lambda x, matrix: x.astype(cfg.dtype) if matrix else x, params, matrices)
 
 
 def frozen_mask(params: Any, trainable: Group) -> Any:

@@ -98,6 +98,7 @@ class Run:
       ema_decay=config.train.ema_decay,
       distill=config.train.distill,
       accumulate=config.train.accumulate,
+      round_once=layout.slices > 1,
       spike=spike,
       out_shardings=layout.results(current),
     )

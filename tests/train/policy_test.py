@@ -99,6 +99,21 @@ class PolicyTest(absltest.TestCase):
     found, _ = gradients(m.params, index, [0.5, 0.5], guidance=3.0)
     close(self, found, jax.jit(jax.grad(value))(m.params))
 
+  def test_a_guided_reference_is_what_the_divergence_pulls_towards(self):
+    m, index = model(), np.array([1, 6])
+    x, _, row, text, _ = rows()
+    part = jax.tree.map(lambda a: a[index % COUNT], text)
+    null = jax.tree.map(lambda a: jnp.asarray(np.repeat(a, 2, axis=0)), m.encoder.encode([""]))
+    velocity = jax.jit(step.velocity, static_argnums=(0, 5))
+    v, v_null = (velocity(m.cfg, m.params, x[index], row.t[index], t, m.routes["lite-f16"]) for t in (part, null))
+    objective = losses.Objective(kl=2.0, divergence="v", guidance=1.5)
+    grads, found = gradients(m.params, index, [0.5, 0.5], objective=objective)
+    # The weights in training are the reference's: what is left is half of what the text changes.
+    np.testing.assert_allclose(found["kl"], jnp.mean(jnp.square(0.5 * (v - v_null))), rtol=1e-4)
+    plain, same = gradients(m.params, index, [0.5, 0.5], objective=dataclasses.replace(objective, guidance=1.0))
+    self.assertEqual(float(same["kl"]), 0.0)
+    self.assertFalse(np.allclose(grads["block_00"]["image_out"]["kernel"], plain["block_00"]["image_out"]["kernel"]))
+
   def test_old_velocities_make_the_ratio_of_a_late_update(self):
     index = np.array([0, 1, 4, 7])
     x, _, row, text, _ = rows()

@@ -55,6 +55,7 @@ class ShardingTest(parameterized.TestCase):
   def test_only_data_crosses_slices(self):
     layout = sharding.make(_devices(8, slices=2)[::-1], fsdp=2, tensor=2)
     self.assertEqual(layout.mesh.devices.shape, (2, 2, 2))
+    self.assertEqual(layout.slices, 2)
     for part in layout.mesh.devices:
       self.assertLen({d.slice_index for d in part.flat}, 1)
     with self.assertRaisesRegex(ValueError, "do not divide the 4 devices of a slice"):
