@@ -20,10 +20,11 @@ from elasticdit_jax.types import Array
 
 _HIDDEN = -1e30
 
-# Logits in one chunk. On CPU, 8 blocks of 64 queries with 18 listed blocks (2.4 MB) still stay in cache; an accelerator
-# needs enough of them at once to fill it.
-_CHUNK_LOGITS = {"cpu": 600_000}
-_CHUNK_LOGITS_ACCELERATOR = 32_000_000
+# Logits in one chunk, and chunks in one step of the scan. On CPU, 4 blocks of 64 queries with 13 listed blocks (0.9 MB)
+# stay in the cache of a core, and XLA runs independent chunks on different cores; the small products within a chunk
+# hardly use a second one (4 chunks on 2 cores were no better). An accelerator needs enough logits at once to fill it.
+_CHUNK_LOGITS, _UNROLL = {"cpu": 215_000}, {"cpu": 2}
+_CHUNK_LOGITS_ACCELERATOR, _UNROLL_ACCELERATOR = 32_000_000, 1
 
 
 def sparse_attention_xla(
@@ -185,12 +186,15 @@ def _scan_chunks(step, carry, inputs, block_size):
   """
   q, index = inputs[:2]
   count = q.shape[0]
-  budget = _CHUNK_LOGITS.get(jax.default_backend(), _CHUNK_LOGITS_ACCELERATOR)
+  backend = jax.default_backend()
+  budget = _CHUNK_LOGITS.get(backend, _CHUNK_LOGITS_ACCELERATOR)
   size = max(1, budget // (q.shape[1] * index.shape[1] * block_size))
-  steps = -(-count // size)
-  if steps == 1:
+  if size >= count:
     return step(carry, inputs)
-  size = -(-count // steps)
+  unroll = min(-(-count // size), _UNROLL.get(backend, _UNROLL_ACCELERATOR))
+  # Down to half of that size, the one that leaves the fewest entries to fill up.
+  size = min(range(size, size // 2, -1), key=lambda size: -count % (size * unroll))
+  steps = -(-count // (size * unroll)) * unroll
 
   def split(x):
     gap = steps * size - count
@@ -198,5 +202,5 @@ def _scan_chunks(step, carry, inputs, block_size):
       x = jnp.concatenate([x, jnp.zeros((gap, *x.shape[1:]), x.dtype)])
     return x.reshape(steps, size, *x.shape[1:])
 
-  carry, outputs = jax.lax.scan(step, carry, jax.tree.map(split, inputs))
+  carry, outputs = jax.lax.scan(step, carry, jax.tree.map(split, inputs), unroll=unroll)
   return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], outputs)
