@@ -1,6 +1,6 @@
 """Sizes of the TPU kernels of Shift Sparse Block Attention, and whether they fit: all static, nothing traced.
 
-One step of the grid handles `tile` query blocks of `pack` heads: two heads of 64 channels fill the 128 lanes together.
+One step of the grid handles `tile` query blocks of `pack` heads: two heads where they fill a side of the matrix unit.
 The keys and values of those heads stay in VMEM for all their steps, in the backward pass with float32 sums of dk and dv
 beside them. That is what limits the length (`obstacle`).
 """
@@ -9,7 +9,8 @@ import dataclasses
 
 from jax.experimental import pallas as pl
 
-LANES = 128
+# Side of the matrix unit by jax.Device.device_kind; elsewhere 128.
+MATRIX_UNIT = {"TPU v6 lite": 256, "TPU7x": 256}
 BLOCK = 64
 HEAD_DIMS = (64, 128)
 

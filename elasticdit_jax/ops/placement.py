@@ -23,6 +23,12 @@ def platform() -> str:
   return jax.default_backend() if device is None else device.platform
 
 
+def device_kind() -> str:
+  """Of what the program will run on, say "TPU v6 lite"; found like `platform`."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
 def on_one_device() -> bool:
   """Whether code traced here surely sees the arrays of one device: alone, or inside a jax.shard_map of all axes."""
   mesh = jax.sharding.get_abstract_mesh()

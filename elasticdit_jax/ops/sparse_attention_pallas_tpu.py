@@ -4,12 +4,13 @@ This file brings the arrays into the layout of the kernels (pallas_tpu_specs) an
 program that is split over devices the kernels run under jax.shard_map, see placement.over_batch_and_heads.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from elasticdit_jax.ops import pallas_tpu_pieces, pallas_tpu_plan
+from elasticdit_jax.ops import pallas_tpu_pieces, pallas_tpu_plan, placement
 from elasticdit_jax.ops.pallas_tpu_backward import backward
 from elasticdit_jax.ops.pallas_tpu_forward import forward
 from elasticdit_jax.ops.pallas_tpu_plan import Plan
@@ -19,6 +20,7 @@ from elasticdit_jax.types import Array
 # code. Long lists are long code already and hide more by themselves.
 _TILE = 8
 _LONG_LIST, _TILE_LONG = 2048, 4
+_LANES = 128
 
 
 def obstacle(q: Array, kept: Array, text_len: int, block_size: int) -> str | None:
@@ -83,15 +85,14 @@ def sparse_attention_pallas_tpu(
 def plan_of(q: Array, kept: Array, text_len: int, block_size: int, scale: float = 1.0, **options) -> Plan:
   """Sizes of the kernels for arrays of these shapes; options are further fields of Plan."""
   batch, tokens, heads, head_dim = q.shape
-  pack = 2 if 2 * head_dim <= pallas_tpu_plan.LANES else 1
   blocks = (tokens - text_len) // block_size
   text = -(-text_len // block_size) * block_size
   most = _TILE if text + kept.shape[3] * block_size <= _LONG_LIST else _TILE_LONG
-  return Plan(
+  alone = Plan(
     batch=batch,
-    heads=-(-heads // pack) * pack,
+    heads=heads,
     head_dim=head_dim,
-    pack=pack,
+    pack=1,
     shared=kept.shape[1] == 1,
     block=block_size,
     blocks=blocks,
@@ -102,6 +103,20 @@ def plan_of(q: Array, kept: Array, text_len: int, block_size: int, scale: float 
     itemsize=jnp.dtype(q.dtype).itemsize,
     **{"key_bias": False, "text_bias": False, **options},
   )
+  pair = dataclasses.replace(alone, pack=2, heads=-(-heads // 2) * 2)
+  return pair if _pays(pair, heads) else alone
+
+
+def _pays(pair: Plan, heads: int) -> bool:
+  """Whether heads go through the kernels two by two: always where they share 128 lanes, which have to be filled.
+
+  On a larger matrix unit two heads of 128 channels that read one list share the weight loads; if both stay in VMEM.
+  """
+  if pair.width <= _LANES:
+    return True
+  unit = pallas_tpu_plan.MATRIX_UNIT.get(placement.device_kind(), _LANES)
+  fits = pair.vmem_bytes(True, 1) <= pallas_tpu_plan.VMEM_BYTES
+  return pair.width <= unit and pair.shared and heads % 2 == 0 and fits
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -11,11 +11,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec
 
 from elasticdit_jax.evals import flops
-from elasticdit_jax.ops import pallas_tpu_pieces, pallas_tpu_plan, sparse_attention_pallas_tpu
+from elasticdit_jax.ops import pallas_tpu_pieces, pallas_tpu_plan, placement, sparse_attention_pallas_tpu
 from elasticdit_jax.ops.sparse_attention import sparse_attention
 from tests.ops import sparse_attention_test as contract
 
-TPU = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+LARGE_UNIT = "TPU v6 lite"
 
 
 class PallasTest(contract.ImplementationTest):
@@ -27,6 +27,14 @@ class PallasTest(contract.ImplementationTest):
     super().setUp()
     self.enter_context(mock.patch.object(sparse_attention_pallas_tpu, "_TILE", 2))
     self.enter_context(mock.patch.object(pallas_tpu_pieces, "TEXT_CHUNK", 5))
+
+
+class PairsTest(absltest.TestCase):
+  def test_two_heads_of_128_channels_side_by_side(self):
+    qkv, kept, options, weight = contract.make_case(4, 4, 2, 2, heads=4, batch=1, dim=128)
+    with mock.patch.object(placement, "device_kind", return_value=LARGE_UNIT):
+      self.assertEqual(sparse_attention_pallas_tpu.plan_of(qkv[0], kept, 5, 4).pack, 2)
+      contract.compare(self, (qkv, kept, options, weight), "pallas_tpu_interpret")
 
 
 class SimulatedTpuTest(absltest.TestCase):
@@ -63,9 +71,10 @@ def lowered(args, platform="tpu", **options):
   return jax.export.export(jax.jit(run), platforms=[platform])(*args).mlir_module()
 
 
-def on_tpus(*shape):
+def on_tpus(*shape, kind="TPU v5 lite"):
   """A context in which programs are for TPUs, none of them attached."""
-  return jax.sharding.use_abstract_mesh(AbstractMesh(shape, ("data", "model"), abstract_device=TPU))
+  device = AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+  return jax.sharding.use_abstract_mesh(AbstractMesh(shape, ("data", "model"), abstract_device=device))
 
 
 class LoweringTest(parameterized.TestCase):
@@ -87,6 +96,21 @@ class LoweringTest(parameterized.TestCase):
       masks["key_mask"] = jnp.arange(512)[None] < 500
     with on_tpus(1, 1):
       module = lowered(args, text_len=text_len, **masks)
+    self.assertEqual(module.count("stablehlo.custom_call @tpu_custom_call"), 2)
+
+  def test_a_large_matrix_unit_takes_two_heads_of_128_channels(self):
+    def packs(kind, *shape, **options):
+      q, _, _, kept = arguments(*shape, **options)
+      with on_tpus(1, 1, kind=kind):
+        return sparse_attention_pallas_tpu.plan_of(q, kept, 128, 64).pack
+
+    self.assertEqual(packs(LARGE_UNIT, 4096, 2, 128), 2)
+    self.assertEqual(packs("TPU v5 lite", 4096, 2, 128), 1)
+    for alone in ((4096, 3, 128), (16384, 2, 128)):  # an odd number; keys that would not fit
+      self.assertEqual(packs(LARGE_UNIT, *alone), 1)
+    self.assertEqual(packs(LARGE_UNIT, 4096, 2, 128, lists=2), 1)
+    with on_tpus(1, 1, kind=LARGE_UNIT):
+      module = lowered(arguments(512, 2, 128), text_len=128)
     self.assertEqual(module.count("stablehlo.custom_call @tpu_custom_call"), 2)
 
   def test_each_device_has_its_own_samples_and_heads(self):
