@@ -63,7 +63,9 @@ def _members(line: str, devices: int) -> int:
   iota, listed, named = (pattern.search(line) for pattern in (_IOTA, _LISTED, _NAMED))
   if named:
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
+    # An axis, or a part of it as 'axis':(size of what is before it)size.
+    axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
+    return math.prod(int(part or sizes[axis]) for axis, part in axes)
   if iota:
     return int(iota[1].split(",")[1])
   return len(listed[1].split(",")) if listed else devices

@@ -74,6 +74,9 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def _variant(config: ConfigDict, name: str) -> None:
+  if name != "nft" and not config.lora.rank:
+    # Densities of steps: at 2e-4 the first updates alone cost 7 % of the flow-matching loss.
+    config.optimizer.learning_rate = 5e-5
   if name == "paper":
     config.rollout.update({"window": 0, "guidance": 3.0})
     config.report.guidance = 3.0
@@ -85,7 +88,7 @@ def _variant(config: ConfigDict, name: str) -> None:
     config.objective.update({"guard": True, "clip": 2e-6})
   elif name == "nft":
     config.rollout.noise = "ode"
-    config.objective.update({"name": "nft", "updates": 1, "kl": 0.5})
+    config.objective.update({"name": "nft", "updates": 1, "kl": 1.0, "guidance": 1.4})
 
 
 def _shrink(config: ConfigDict) -> None:

@@ -110,12 +110,13 @@ def plan_of(q: Array, kept: Array, text_len: int, block_size: int, scale: float 
 def _pays(pair: Plan, heads: int) -> bool:
   """Whether heads go through the kernels two by two: always where they share 128 lanes, which have to be filled.
 
-  On a larger matrix unit two heads of 128 channels that read one list share the weight loads; if both stay in VMEM.
+  On a larger matrix unit two heads of 128 channels that read one list share the weight loads, if VMEM holds the next
+  two beside them.
   """
   if pair.width <= _LANES:
     return True
   unit = pallas_tpu_plan.MATRIX_UNIT.get(placement.device_kind(), _LANES)
-  fits = pair.vmem_bytes(True, 1) <= pallas_tpu_plan.VMEM_BYTES
+  fits = pair.buffers(backward=True) == 2
   return pair.width <= unit and pair.shared and heads % 2 == 0 and fits
 
 

@@ -3,11 +3,11 @@
   table of one head:   [ text blocks | image blocks ]          (text padded to whole blocks, its padding masked)
   one chunk:           a few query blocks of [rows, D]  x  their gathered keys [listed * block_size, D]
 
-`lax.scan` walks over chunks of query blocks of all heads and samples in turn, so that temporaries are one chunk and
-stay in cache. Text queries are one more kind of query block, whose list names the whole table. The backward pass
-recomputes the weights of a chunk from the saved log-sum-exp and adds into float32 dk and dv that the scan carries: one
-pass, five products, on transposed logits: one of the three products with weights needs them turned, not two. A batch
-or head axis split over devices belongs under jax.shard_map: the scan runs over both.
+`lax.scan` walks over chunks of query blocks of all heads and samples in turn, so that temporaries are one chunk (on
+CPU two) and stay in cache. Text queries are one more kind of query block, whose list names the whole table. The
+backward pass recomputes the weights of a chunk from the saved log-sum-exp and adds into float32 dk and dv that the scan
+carries: one pass, five products, on transposed logits: one of the three products with weights needs them turned, not
+two. A batch or head axis split over devices belongs under jax.shard_map: the scan runs over both.
 """
 
 from functools import partial
@@ -181,7 +181,7 @@ def _add_at(table, index, update):
 def _scan_chunks(step, carry, inputs, block_size):
   """lax.scan of step over chunks of the leading axis N of inputs = (queries, lists, ...).
 
-  Missing entries of the last chunk are zero queries with zero gradients, which read row 0, add nothing to it, and are
+  Missing entries of the last chunks are zero queries with zero gradients, which read row 0, add nothing to it, and are
   cut from the outputs.
   """
   q, index = inputs[:2]

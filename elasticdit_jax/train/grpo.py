@@ -45,6 +45,7 @@ NEUTRAL = (
   "report.per_task",
   "rewards.servers",
 )
+_ABSENT = {"objective.guidance": 1.0}  # in runs that were begun before there was a choice
 _OF_HOST = "rewards.servers"  # every host may ask one of its own
 _SILENT_EPOCHS = 20  # in a row in which no group had two different rewards
 
@@ -60,7 +61,7 @@ def run(config: Any, workdir: str) -> None:
     ValueError: for a config or a workdir that does not fit; nothing has been written or drawn then.
     SystemExit: with code 0, where a stop is asked for while the first scores of a reward server are waited for.
   """
-  check_workdir(workdir, config, NEUTRAL)
+  check_workdir(workdir, config, NEUTRAL, _ABSENT)
   fields = {name: value for name, value in flat_fields(config).items() if name != _OF_HOST}
   distributed.check_same("config", fields | {"--workdir": os.path.abspath(workdir)})
   try:
@@ -89,7 +90,7 @@ class Run:
     self.sampler = Sampler(job, setup.plan, self.policy.objective, config.objective.spread, setup.reward)
     current = self.policy.create(setup.weights, config.seed)
     distributed.on_first("workdir", lambda: check_space(job.workdir, current))
-    claim_workdir(job.workdir, config, NEUTRAL)
+    claim_workdir(job.workdir, config, NEUTRAL, _ABSENT)
     every = {*range(0, config.train.epochs, config.watch.every), config.train.epochs}
     with Checkpointer(job.workdir, keep=config.train.keep) as checkpoint:
       current, start = self._restore(checkpoint, current)

@@ -35,9 +35,9 @@ class Objective:
     name: one of OBJECTIVES.
     clip: half width of the range of ratios that are trained, for "grpo".
     kl: weight of the divergence from the reference; 0 leaves the reference out of the program.
-    guidance: scale of classifier-free guidance of that reference, where velocities in training have none; 1 is none.
-      The divergence then pulls towards the guided velocity: what guidance does moves into the weights, as far as `kl`
-      weighs it, at the price of the loss that those weights were trained on.
+    guidance: scale of classifier-free guidance of that reference, where velocities in training have none; 1: guided as
+      they are. The divergence then pulls towards the guided velocity: what guidance does moves into the weights, as far
+      as `kl` weighs it, at the price of the loss that those weights were trained on, and one more pass through them.
     divergence: "x", of the means of the steps (Flow-GRPO's; late steps count most), or "v", of the velocities.
     guard: GRPO-Guard (arXiv 2510.22319): ratios centred and scaled alike at every step, steps weighted by 1 / -dt.
     strength: b of DiffusionNFT, how far its two velocities are apart.

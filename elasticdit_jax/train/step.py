@@ -163,9 +163,10 @@ def make_step(
       update up to rounding.
     spike: an update whose loss is above `spike` times its running mean, or not finite, is left out, and metrics say
       "skipped" 1; 0 leaves none out. Needs state.create(..., spikes=True).
-    round_once: matrices of blocks take the dtype of their products once an update, not once a route. In bfloat16 the
-      gradients of all routes then meet before devices exchange them, not afterwards: half the transfers for two routes,
-      for the memory of one route's gradients, whole. Worth it where links are slow: between slices.
+    round_once: matrices of blocks take the dtype of their products once for all routes of a part of the batch. In
+      bfloat16 the gradients of these routes are then added up, in bfloat16, before devices exchange them, not
+      afterwards: half the transfers for two routes, for the memory of one route's gradients, whole. Worth it where
+      links are slow: between slices.
     out_shardings: for (state, metrics), as jax.jit takes them; None where there is one device.
   """
 

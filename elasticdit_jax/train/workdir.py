@@ -3,19 +3,22 @@
 import fcntl
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from elasticdit_jax.train import distributed
 
 
-def check_workdir(workdir: str | os.PathLike, config: Any, neutral: Collection[str] = ()) -> None:
+def check_workdir(
+  workdir: str | os.PathLike, config: Any, neutral: Collection[str] = (), absent: Mapping[str, Any] | None = None
+) -> None:
   """Refuses a workdir that holds a run with another configuration; writes nothing.
 
   Args:
     workdir: may be missing or empty.
     config: a ConfigDict or a mapping that JSON can hold.
     neutral: dotted names (of leaves or of whole sub-configs) that may change between runs: "train.log_every".
+    absent: dotted names of fields that came with a later version, and what a run without them does.
 
   Raises:
     ValueError: naming the fields that differ, the old and the new values, and the remedy; or for a file.
@@ -27,7 +30,7 @@ def check_workdir(workdir: str | os.PathLike, config: Any, neutral: Collection[s
     return
   try:
     with open(path) as f:
-      old = _leaves(json.load(f))
+      old = {**(absent or {}), **_leaves(json.load(f))}
   except (ValueError, AttributeError) as e:
     raise ValueError(f"workdir: {path} is no readable JSON ({e}); restore it or choose another --workdir") from e
   new = _leaves(_plain(config))
@@ -46,13 +49,15 @@ def check_workdir(workdir: str | os.PathLike, config: Any, neutral: Collection[s
     )
 
 
-def claim_workdir(workdir: str | os.PathLike, config: Any, neutral: Collection[str] = ()) -> None:
+def claim_workdir(
+  workdir: str | os.PathLike, config: Any, neutral: Collection[str] = (), absent: Mapping[str, Any] | None = None
+) -> None:
   """`check_workdir`, then creates the directory and writes config.json, on process 0.
 
   Raises:
     ValueError: see check_workdir; or where processes see different disks.
   """
-  check_workdir(workdir, config, neutral)
+  check_workdir(workdir, config, neutral, absent)
   path = os.path.join(workdir, "config.json")
   distributed.on_first("workdir", lambda: _write(path, _plain(config)))
   absent = [i for i, seen in enumerate(distributed.exchange("workdir", str(os.path.exists(path)))) if seen == "False"]

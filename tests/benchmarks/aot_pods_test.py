@@ -50,6 +50,7 @@ class CollectivesTest(parameterized.TestCase):
       32,
       32,
     ),
+    ("  %x = f32[8] all-reduce(%a), replica_groups=mesh['a'=4,'b'=2] {'a':(1)2}, x={}", 32, 32),
     ("  %x = f32[8] all-reduce(%a), replica_groups=[4,1]<=[4], to_apply=%add", 32, 0),
   )
   def test_bytes_and_what_goes_over_the_wires(self, line, size, sent):

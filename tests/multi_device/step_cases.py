@@ -76,11 +76,11 @@ def parts(tree):
 
 
 def muon():
-  """An update by Muon over 2 x 2 x 2 devices: what it differs by from one device, and groups that `data` spans."""
+  """An update by Muon over 2 x 2 x 2 devices: how far it is from that on one device, and what is exchanged."""
   keys = jax.random.split(jax.random.key(0), 6)
   blocks = [f"block_{i:02d}" for i in range(3)]  # an uneven number for the 4 devices that share them
   params = {
-    block: {"qkv": {"kernel": jax.random.normal(a, (8, 24))}, "down": {"kernel": jax.random.normal(b, (32, 8))}}
+    block: {"qkv": {"kernel": jax.random.normal(a, (8, 24))}, "image_out": {"kernel": jax.random.normal(b, (32, 8))}}
     for block, a, b in zip(blocks, keys[:3], keys[3:], strict=True)
   }
   grads = jax.tree.map(lambda x: x**2, params)
@@ -96,7 +96,8 @@ def muon():
   (want, _), (got, text) = found[1], found[8]
   apart_by = max(apart(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
   groups = list(_groups(text))
-  return {"apart": apart_by, "groups": len(groups), "across": [g for g in groups if len({d // 4 for d in g}) > 1]}
+  across = [group for group in groups if len({device // 4 for device in group}) > 1]
+  return {"apart": apart_by, "exchanges": text.count(" all-to-all("), "across": across}
 
 
 def _groups(program):

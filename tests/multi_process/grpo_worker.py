@@ -36,7 +36,7 @@ def config_of(model: str, changes: dict[str, str]):
   made.init, made.data.size = model, 0
   made.rewards.weights = "jpeg_size=1"
   made.rollout.update({"prompts": 1, "group": 4, "steps": 2, "window": 1, "batch": 4})
-  made.objective.kl = 0.0
+  made.objective.update({"kl": 0.0, "guidance": 1.0})
   made.optimizer.learning_rate = 1e-3
   made.train.update({"epochs": 2, "save_every": 1})
   made.watch.update({"every": 2, "prompts": 1, "pictures": 4, "loss": 10.0})

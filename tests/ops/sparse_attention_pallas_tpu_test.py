@@ -109,6 +109,7 @@ class LoweringTest(parameterized.TestCase):
     for alone in ((4096, 3, 128), (16384, 2, 128)):  # an odd number; keys that would not fit
       self.assertEqual(packs(LARGE_UNIT, *alone), 1)
     self.assertEqual(packs(LARGE_UNIT, 4096, 2, 128, lists=2), 1)
+    self.assertEqual(packs(LARGE_UNIT, 10240, 2, 128), 1)  # would leave no room to load the next heads
     with on_tpus(1, 1, kind=LARGE_UNIT):
       module = lowered(arguments(512, 2, 128), text_len=128)
     self.assertEqual(module.count("stablehlo.custom_call @tpu_custom_call"), 2)

@@ -118,10 +118,11 @@ class ImplementationTest(parameterized.TestCase):
 
 
 class ChunksTest(parameterized.TestCase):
-  @parameterized.parameters((1, (4, 4, 2, 2)), (700, (5, 7, 2, 3)))
-  def test_any_chunk_size_gives_the_same(self, chunk, shape):
+  @parameterized.parameters((1, (4, 4, 2, 2), 2), (700, (5, 7, 2, 3), 2), (160, (5, 5, 2, 3), 1))
+  def test_any_chunk_size_gives_the_same(self, chunk, shape, count):
+    """The last one has nine query blocks in chunks of two, so that one chunk is padding."""
     with mock.patch.dict(sparse_attention_xla._CHUNK_LOGITS, {jax.default_backend(): chunk}):
-      compare(self, make_case(*shape), "xla")
+      compare(self, make_case(*shape, batch=count, heads=count), "xla")
 
 
 class ScaleTest(parameterized.TestCase):

@@ -50,6 +50,12 @@ class WorkdirTest(absltest.TestCase):
     with self.assertRaisesRegex(ValueError, "train.log_every: 9 -> 7"):
       workdir.check_workdir(self.path, _config(log_every=7, steps=3), neutral=("train.log", "train.steps"))
 
+  def test_a_field_of_a_later_version_stands_for_what_runs_without_it_do(self):
+    workdir.claim_workdir(self.path, _config())
+    workdir.claim_workdir(self.path, _config(new=1.0), absent={"train.new": 1.0})
+    with self.assertRaisesRegex(ValueError, "train.new: 1.0 -> 2.0"):
+      workdir.check_workdir(self.path, _config(new=2.0), absent={"train.new": 1.0})
+
   def test_a_file_is_no_workdir(self):
     with open(self.path, "w") as f:
       f.write("mine")
