@@ -216,7 +216,7 @@ def _check(config: Any) -> None:
     (
       "objective.guidance",
       o.guidance == 1 or o.kl > 0,
-      "1 where objective.kl is 0: without a divergence there is nothing to guide",
+      "1 where objective.kl is 0: there is no divergence to guide",
     ),
     (
       "objective.guidance",

@@ -132,8 +132,8 @@ def scale_by_grouped_muon(
   blocks repeat the same few shapes, and one batched product compiles and runs faster than dozens of small ones.
 
   With `places`, the devices that share the matrices of a stack also share the work, each with whole matrices of its
-  own: one exchange per axis, there and back. Left to itself the partitioner cuts within matrices, over all axes of the mesh, and
-  sends the products between devices in each of five iterations, from slice to slice as well.
+  own: one exchange per axis, there and back. Left to itself the partitioner cuts within matrices, over all axes of the
+  mesh, and sends the products between devices in each of five iterations, from slice to slice as well.
   """
 
   def init(params: Params) -> MuonState:
