@@ -1,9 +1,8 @@
 """Sizes of the TPU kernels of Shift Sparse Block Attention, and whether they fit: all static, nothing traced.
 
-One step of the grid handles `tile` query blocks of `pack` heads: two heads of 64 channels, or of
-128 where the matrix unit is 256 wide.
-The keys and values of those heads stay in VMEM for all their steps, in the backward pass with float32 sums of dk and dv
-beside them. That is what limits the length (`obstacle`).
+One step of the grid handles `tile` query blocks of `pack` heads: two heads of 64 channels, or of 128 where the matrix
+unit is 256 wide. The keys and values of those heads stay in VMEM for all their steps, in the backward pass with float32
+sums of dk and dv beside them. That is what limits the length (`obstacle`).
 """
 
 import dataclasses
