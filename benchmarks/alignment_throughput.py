@@ -6,7 +6,8 @@
 An epoch (rollout, decoder, rewards, advantages, updates; no looks) is timed beside generate.Pipeline drawing as many
 pictures with as many steps, and the training step of `uwco` (no VAE) over as many rows as the epoch's updates had. The
 share is (sampler + training step) / epoch: 100 % would mean that alignment itself costs nothing. What it adds by design
-counts against it: the velocities of the given weights (`objective.kl`) and of the weights that drew (nft).
+counts against it: the velocities of the given weights (`objective.kl`) and of the weights that drew (nft). Rows of the
+updates are those of the objective and, with nft, those of the divergence.
 
 One process, all three in turns; the line is the turn with the median share. CPU time of all threads on a CPU, wall time
 elsewhere. Rows vary from epoch to epoch, so a turn compares an epoch with its own rows.
@@ -38,13 +39,12 @@ class Epochs(grpo.Run):
     self.sampler = Sampler(setup.job, setup.plan, self.policy.objective, setup.config.objective.spread, setup.reward)
     self._state, self._number, self.rows = self.policy.create(setup.weights, 0), 0, 0
 
-  def _update(self, state, drawn, parts, before):
-    self.rows += sum(map(len, parts.values()))
-    return super()._update(state, drawn, parts, before)
+  def _updates(self, state, drawing, drawn, n):
+    self.rows = sum(len(rows) for part in self.updater().split(drawn, n) for rows in part.values())
+    return super()._updates(state, drawing, drawn, n)
 
   def __call__(self) -> None:
     """One more epoch."""
-    self.rows = 0
     prompts = self.setup.prompts.draw(self.config.rollout.prompts, self.config.seed, self._number)
     self._state, _ = self._epoch(self._state, prompts, self._number)
     jax.block_until_ready(self._state)

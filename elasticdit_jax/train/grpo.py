@@ -24,12 +24,13 @@ from absl import logging
 from elasticdit_jax import elastic
 from elasticdit_jax.elastic import Route
 from elasticdit_jax.interop import model_dir
-from elasticdit_jax.train import aligned, distributed, interrupt, loop, optim, policy
+from elasticdit_jax.train import aligned, distributed, interrupt, loop, optim
 from elasticdit_jax.train.checkpoint import Checkpointer, check_space
 from elasticdit_jax.train.policy import PolicyState
 from elasticdit_jax.train.prompts import Prompt
 from elasticdit_jax.train.rollout import Drawn, Sampler
 from elasticdit_jax.train.snapshot import Snapshots
+from elasticdit_jax.train.updates import Updater
 from elasticdit_jax.train.watch import Verdict, Watch
 from elasticdit_jax.train.workdir import check_workdir, claim_workdir, flat_fields
 from elasticdit_jax.train.writer import Writer
@@ -167,70 +168,11 @@ class Run:
   def _updates(
     self, state: PolicyState, drawing: Any, drawn: Mapping[Route, Drawn], n: int
   ) -> tuple[PolicyState, dict[str, float]]:
-    """Updates on disjoint parts of the pictures whose advantage is not zero."""
-    count, rng = self.config.objective.updates, np.random.default_rng([self.config.seed, n, 2])
-    parts = {}
-    for route, d in drawn.items():
-      rows = rng.permutation(np.flatnonzero(d.advantage))
-      times = len(d.x) // len(d.advantage)
-      parts[route] = [
-        (part + len(d.advantage) * np.arange(times)[:, None]).T.reshape(-1) for part in np.array_split(rows, count)
-      ]
-    # Of the weights that drew, before the first update changes them; the first itself needs none.
-    late = range(0 if self.policy.objective.name == "nft" else 1, count)
-    before = {(r, u): [*self._before(drawing, drawn[r], r, parts[r][u])] for r in drawn for u in late}
-    totals: dict[str, list[float]] = {}
-    for u in range(count):
-      here = {route: parts[route][u] for route in drawn if len(parts[route][u])}
-      if here:
-        state, sums = self._update(state, drawn, here, {r: before.get((r, u)) for r in here})
-        for name, value in jax.device_get(sums).items():
-          totals.setdefault(name, []).append(float(value))
-    return state, {name: float(np.mean(values)) for name, values in totals.items()}
+    return self.updater().epoch(state, drawing, drawn, n)
 
-  def _before(self, drawing: Any, d: Drawn, route: Route, index: np.ndarray) -> Iterator[jax.Array]:
-    for rows, _ in policy.micro_batches(index, self.setup.plan.batch, 0.0):
-      yield policy.velocities(
-        drawing, d.x, d.row.t, d.text, self.sampler.null, self.sampler.scale, rows, cfg=self.policy.cfg, route=route
-      )
-
-  def _update(
-    self,
-    state: PolicyState,
-    drawn: Mapping[Route, Drawn],
-    parts: Mapping[Route, np.ndarray],
-    before: Mapping[Route, list[jax.Array] | None],
-  ) -> tuple[PolicyState, dict[str, jax.Array]]:
-    """One update; every route of the group has the same weight in it."""
-    total = None
-    for route, index in parts.items():
-      d = drawn[route]
-      batches = policy.micro_batches(index, self.setup.plan.batch, 1 / (len(index) * len(parts)))
-      for number, (rows, weight) in enumerate(batches):
-        known = before[route]
-        found = policy.gradients(
-          state.params,
-          state.reference,
-          (d.x, d.goal, d.row, d.text, d.advantage),
-          self.sampler.null,
-          self.sampler.scale,
-          rows,
-          weight,
-          self._unread((len(rows),) + d.x.shape[1:]) if known is None else known[number],
-          known is None,
-          cfg=self.policy.cfg,
-          route=route,
-          objective=self.policy.objective,
-          scale=self.policy.scale,
-          layout=self.policy.layout,
-        )
-        total = found if total is None else policy.add(total, found)
-    grads, sums = total
-    return self.policy.apply(state, grads, self.trainable), sums | {"grad_norm": policy.norm(grads)}
-
-  def _unread(self, shape: tuple[int, ...]) -> jax.Array:
-    """Stands where a program expects velocities that it will not read."""
-    return self.job.layout.spread(np.zeros(shape, np.float32))
+  def updater(self) -> Updater:
+    """Makes the updates of an epoch; known once the policy and the sampler are."""
+    return Updater(self.policy, self.sampler, self.config.objective.updates, self.config.seed, self.trainable)
 
   def _model(self, params: Any, step: int) -> model_dir.Model:
     return self.job.model(

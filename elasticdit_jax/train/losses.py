@@ -25,6 +25,7 @@ SPREADS = ("group", "epoch")
 MOST = 5.0
 """Largest absolute advantage; Flow-GRPO's and DiffusionNFT's."""
 _LEAST_SPREAD = 1e-4
+_METRICS = {"grpo": ("ratio", "ratio_off", "clip_fraction", "approx_kl"), "nft": ("distance",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Objective:
     guidance: scale of classifier-free guidance of that reference, where velocities in training have none; 1: guided as
       they are. The divergence then pulls towards the guided velocity: what guidance does moves into the weights, as far
       as `kl` weighs it, at the price of the loss that those weights were trained on, and one more pass through them.
-    divergence: "x", of the means of the steps (Flow-GRPO's; late steps count most), or "v", of the velocities.
+    divergence: "x", of the means of the steps that are trained (Flow-GRPO's; late steps count most), or "v", of the
+      velocities, at one time of every picture, also of those whose group says nothing.
     guard: GRPO-Guard (arXiv 2510.22319): ratios centred and scaled alike at every step, steps weighted by 1 / -dt.
     strength: b of DiffusionNFT, how far its two velocities are apart.
   """
@@ -50,6 +52,11 @@ class Objective:
   divergence: str = "x"
   guard: bool = False
   strength: float = 1.0
+
+  @property
+  def apart(self) -> bool:
+    """Whether the divergence has rows of its own."""
+    return self.divergence == "v" and self.kl > 0
 
 
 @jax.tree_util.register_dataclass
@@ -102,17 +109,19 @@ def loss(
     objective: see `Objective`.
     v: velocity of the weights in training at moments.x, with gradient.
     v_old: of the weights that drew the pictures, without. Where they are the same weights, stop_gradient(v) makes every
-      ratio exactly 1.
-    v_reference: of the frozen reference; None where objective.kl is 0.
+      ratio exactly 1. None for rows of the divergence alone, see Objective.apart.
+    v_reference: of the frozen reference; None where the rows have no divergence.
     moments: the rows.
 
   Returns:
     (scalar, weighted sums by name). With weights that sum to 1 the sums are means.
   """
-  v = v.astype(jnp.float32)
-  per_row, metrics = (_clipped if objective.name == "grpo" else _contrast)(objective, v, v_old, moments)
-  if v_reference is not None:
-    kl = _divergence(objective, v, v_reference, moments)
+  v, zero = v.astype(jnp.float32), jnp.zeros_like(moments.weight)
+  per_row, metrics = zero, dict.fromkeys(_METRICS[objective.name], zero)
+  if v_old is not None:
+    per_row, metrics = (_clipped if objective.name == "grpo" else _contrast)(objective, v, v_old, moments)
+  if objective.kl:
+    kl = zero if v_reference is None else _divergence(objective, v, v_reference, moments)
     per_row, metrics["kl"] = per_row + objective.kl * kl, kl
   sums = {name: jnp.sum(moments.weight * values) for name, values in metrics.items()}
   return jnp.sum(moments.weight * per_row), sums

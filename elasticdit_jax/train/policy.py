@@ -2,8 +2,8 @@
 
   gradients(rows of a micro-batch) + gradients(...) + ...  -->  apply  -->  weights, optimiser, EMA
 
-The rows of an update are added up micro-batch by micro-batch, so that pictures whose group says nothing cost no pass
-through the model, and no batch is too large for the memory.
+The rows of an update are added up micro-batch by micro-batch (train/updates.py), so that rows that say nothing cost no
+pass through the model, and no batch is too large for the memory.
 """
 
 import dataclasses
@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from elasticdit_jax.elastic import Route
@@ -155,7 +154,7 @@ def gradients(
   guidance: jax.Array | None,
   index: jax.Array,
   weight: jax.Array,
-  v_old: jax.Array,
+  v_old: jax.Array | None,
   fresh: jax.Array,
   *,
   cfg: dit.DiTConfig,
@@ -172,7 +171,8 @@ def gradients(
     null, guidance: of the sampler.
     index: int32 [m], which of the M rows.
     weight: float32 [m], 0 for padding.
-    v_old: [m, h, w, C], velocity of the weights that drew; not read where `fresh`.
+    v_old: [m, h, w, C], velocity of the weights that drew; not read where `fresh`. None: rows for the divergence alone,
+      of an objective where it stands apart.
     fresh: bool [], the weights in training are those that drew: their ratio is exactly 1, whatever was fused how.
     cfg, route, objective: static.
     layout: where the gradients go; None leaves it to the compiler.
@@ -189,9 +189,9 @@ def gradients(
   def objective_of(trained):
     weights = lora.merge(reference, trained, scale) if scale else trained
     v = _guided(cfg, weights, moments.x, row.t, part, null, guidance, route)
-    before = jnp.where(fresh, jax.lax.stop_gradient(v), v_old)
+    before = None if v_old is None else jnp.where(fresh, jax.lax.stop_gradient(v), v_old)
     anchor = None
-    if objective.kl:
+    if objective.kl and (v_old is None or not objective.apart):
       scale_of_anchor = guidance if objective.guidance == 1 else jnp.float32(objective.guidance)
       anchor = jax.lax.stop_gradient(_guided(cfg, reference, moments.x, row.t, part, null, scale_of_anchor, route))
     return losses.loss(objective, v, before, anchor, moments)
@@ -223,14 +223,3 @@ def add(a: Any, b: Any) -> Any:
 
 norm = jax.jit(optax.tree.norm)
 """Norm of a tree, []."""
-
-
-def micro_batches(index: np.ndarray, size: int, weight: float) -> list[tuple[np.ndarray, np.ndarray]]:
-  """(index int32 [size], weight float32 [size]) that cover `index`; the last is filled up with rows of weight 0."""
-  parts = []
-  for start in range(0, len(index), size):
-    part = index[start : start + size]
-    padded = np.zeros(size, np.int32)
-    padded[: len(part)] = part
-    parts.append((padded, np.where(np.arange(size) < len(part), weight, 0).astype(np.float32)))
-  return parts

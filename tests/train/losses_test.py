@@ -133,6 +133,26 @@ class PolicyTest(parameterized.TestCase):
     np.testing.assert_allclose(value, -m.advantage.sum() + 0.5 * np.sum(factor * distance), rtol=1e-4)
 
 
+class DivergenceTest(parameterized.TestCase):
+  def test_only_that_of_velocities_has_rows_of_its_own(self):
+    for divergence, kl in (("v", 0.0), ("x", 1.0)):
+      self.assertFalse(losses.Objective(divergence=divergence, kl=kl).apart)
+
+  @parameterized.parameters(*losses.OBJECTIVES)
+  def test_rows_for_the_divergence_alone(self, name):
+    m, (v, v_old, v_ref) = moments(), velocities(3)
+    objective = losses.Objective(name, kl=2.0, divergence="v")
+    self.assertTrue(objective.apart)
+    pulled, sums = losses.loss(objective, v, None, v_ref, m)
+    np.testing.assert_allclose(pulled, 2 * np.sum(m.weight * mean((v - v_ref) ** 2)), rtol=1e-4)
+    taught, other = losses.loss(objective, v, v_old, None, m)
+    self.assertEqual(float(taught), float(losses.loss(losses.Objective(name), v, v_old, None, m)[0]))
+    self.assertEqual(float(other["kl"]), 0.0)
+    # Both are added up: they have the same names, and one leaves the other's at zero.
+    self.assertEqual(sums.keys(), other.keys())
+    self.assertEqual([float(sums[key]) for key in sums if key != "kl"], [0.0] * (len(sums) - 1))
+
+
 class ContrastTest(parameterized.TestCase):
   @parameterized.parameters(1.0, 0.3)
   def test_formula(self, b):
