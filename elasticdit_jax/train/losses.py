@@ -25,7 +25,6 @@ SPREADS = ("group", "epoch")
 MOST = 5.0
 """Largest absolute advantage; Flow-GRPO's and DiffusionNFT's."""
 _LEAST_SPREAD = 1e-4
-_METRICS = {"grpo": ("ratio", "ratio_off", "clip_fraction", "approx_kl"), "nft": ("distance",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +38,8 @@ class Objective:
     guidance: scale of classifier-free guidance of that reference, where velocities in training have none; 1: guided as
       they are. The divergence then pulls towards the guided velocity: what guidance does moves into the weights, as far
       as `kl` weighs it, at the price of the loss that those weights were trained on, and one more pass through them.
-    divergence: "x", of the means of the steps that are trained (Flow-GRPO's; late steps count most), or "v", of the
-      velocities, at one time of every picture, also of those whose group says nothing.
+    divergence: "x", of the means of the steps, at every row (Flow-GRPO's; late steps count most), or "v", of the
+      velocities, at one row of every picture: the same on average for fewer passes through the reference.
     guard: GRPO-Guard (arXiv 2510.22319): ratios centred and scaled alike at every step, steps weighted by 1 / -dt.
     strength: b of DiffusionNFT, how far its two velocities are apart.
   """
@@ -52,11 +51,6 @@ class Objective:
   divergence: str = "x"
   guard: bool = False
   strength: float = 1.0
-
-  @property
-  def apart(self) -> bool:
-    """Whether the divergence has rows of its own."""
-    return self.divergence == "v" and self.kl > 0
 
 
 @jax.tree_util.register_dataclass
@@ -71,6 +65,7 @@ class Moments:
     advantage: float32 [M].
     weight: float32 [M]; the loss is the weighted sum over rows.
     row: the step of the sampler, columns [M]; "nft" reads t alone.
+    pull: float32 [M], weights of the divergence; None where the rows have none.
   """
 
   x: Array
@@ -79,6 +74,7 @@ class Moments:
   advantage: Array
   weight: Array
   row: stochastic.Steps
+  pull: Array | None = None
 
 
 def advantages(rewards: Array, spread: str = "group", most: float = MOST) -> np.ndarray:
@@ -109,22 +105,22 @@ def loss(
     objective: see `Objective`.
     v: velocity of the weights in training at moments.x, with gradient.
     v_old: of the weights that drew the pictures, without. Where they are the same weights, stop_gradient(v) makes every
-      ratio exactly 1. None for rows of the divergence alone, see Objective.apart.
-    v_reference: of the frozen reference; None where the rows have no divergence.
+      ratio exactly 1.
+    v_reference: of the frozen reference; None where moments.pull is.
     moments: the rows.
 
   Returns:
-    (scalar, weighted sums by name). With weights that sum to 1 the sums are means.
+    (scalar, weighted sums by name, "kl" by moments.pull). With weights that sum to 1 the sums are means.
   """
-  v, zero = v.astype(jnp.float32), jnp.zeros_like(moments.weight)
-  per_row, metrics = zero, dict.fromkeys(_METRICS[objective.name], zero)
-  if v_old is not None:
-    per_row, metrics = (_clipped if objective.name == "grpo" else _contrast)(objective, v, v_old, moments)
-  if objective.kl:
-    kl = zero if v_reference is None else _divergence(objective, v, v_reference, moments)
-    per_row, metrics["kl"] = per_row + objective.kl * kl, kl
+  v = v.astype(jnp.float32)
+  per_row, metrics = (_clipped if objective.name == "grpo" else _contrast)(objective, v, v_old, moments)
   sums = {name: jnp.sum(moments.weight * values) for name, values in metrics.items()}
-  return jnp.sum(moments.weight * per_row), sums
+  total = jnp.sum(moments.weight * per_row)
+  if objective.kl:
+    pulled = moments.pull is not None
+    sums["kl"] = jnp.sum(moments.pull * _divergence(objective, v, v_reference, moments)) if pulled else jnp.float32(0)
+    total = total + objective.kl * sums["kl"]
+  return total, sums
 
 
 def _clipped(

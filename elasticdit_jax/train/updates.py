@@ -1,11 +1,10 @@
 """The updates of an epoch of alignment: which rows of which pictures, micro-batch by micro-batch.
 
-  pictures whose reward differs from their group's --all trained times--> objective --+
-                                                                                      +--> gradient --> weights
-  every picture --one time--> divergence of velocities from the reference ------------+
+  pictures whose reward differs from their group's, at all trained times --objective-------------+
+                                                                                                 +--> gradient
+  the same, with divergence "v" at one of these times each --divergence from the reference-------+
 
-A divergence with rows of its own reaches prompts that are always drawn well, or never: rewards are silent there, and
-dropping them would leave what the model does with such prompts to chance. It is cheaper, too, than one at every row.
+Rows without a divergence cost no pass through the reference.
 """
 
 import dataclasses
@@ -26,15 +25,15 @@ class Rows:
   """Rows of one route in one update, indices into Drawn's M.
 
   Attributes:
-    taught: those of pictures whose advantage is not zero.
-    anchored: those of the divergence, where it has rows of its own; empty elsewhere.
+    pulled: those with a divergence from the reference.
+    others: those without.
   """
 
-  taught: np.ndarray
-  anchored: np.ndarray
+  pulled: np.ndarray
+  others: np.ndarray
 
   def __len__(self) -> int:
-    return len(self.taught) + len(self.anchored)
+    return len(self.pulled) + len(self.others)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Updater:
     parts = self.split(drawn, number)
     # Of the weights that drew, before the first update changes them; the first itself needs none.
     late = range(0 if self.policy.objective.name == "nft" else 1, self.count)
-    before = {(u, r): [*self._before(drawing, d, r, parts[u][r].taught)] for u in late for r, d in drawn.items()}
+    before = {(u, r): [*self._before(drawing, d, r, parts[u][r])] for u in late for r, d in drawn.items()}
     totals: dict[str, list[float]] = {}
     for u, rows in enumerate(parts):
       if any(map(len, rows.values())):
@@ -77,18 +76,36 @@ class Updater:
     parts: list[dict[Route, Rows]] = [{} for _ in range(self.count)]
     for route, d in drawn.items():
       pictures = len(d.advantage)
-      times = pictures * np.arange(len(d.x) // pictures)
-      taught = np.array_split(rng.permutation(np.flatnonzero(d.advantage)), self.count)
-      # The first time of a picture is as random as its others.
-      anchored = np.array_split(rng.permutation(pictures if self.policy.objective.apart else 0), self.count)
-      for part, one, two in zip(parts, taught, anchored, strict=True):
-        part[route] = Rows((one[:, None] + times).reshape(-1), two)
+      times = len(d.x) // pictures
+      differ = rng.permutation(np.flatnonzero(d.advantage))
+      pulled = self._pulled(rng, len(differ), times)
+      rows = differ[:, None] + pictures * np.arange(times)
+      for part, these, marks in zip(
+        parts, np.array_split(rows, self.count), np.array_split(pulled, self.count), strict=True
+      ):
+        part[route] = Rows(these[marks], these[~marks])
     return parts
 
-  def _before(self, drawing: Any, d: Drawn, route: Route, index: np.ndarray) -> Iterator[jax.Array]:
-    null, scale = self.sampler.null, self.sampler.scale
-    for rows, _ in micro_batches(index, self.sampler.plan.batch, 0.0):
-      yield policy_lib.velocities(drawing, d.x, d.row.t, d.text, null, scale, rows, cfg=self.policy.cfg, route=route)
+  def _pulled(self, rng: np.random.Generator, pictures: int, times: int) -> np.ndarray:
+    """bool [pictures, times], which rows have a divergence."""
+    objective = self.policy.objective
+    if not objective.kl or objective.divergence == "x":
+      return np.full((pictures, times), objective.kl > 0)
+    return rng.integers(times, size=(pictures, 1)) == np.arange(times)
+
+  def _before(self, drawing: Any, d: Drawn, route: Route, rows: Rows) -> Iterator[jax.Array]:
+    for index, _, _ in self._batches(rows, {route: rows}):
+      yield policy_lib.velocities(
+        drawing,
+        d.x,
+        d.row.t,
+        d.text,
+        self.sampler.null,
+        self.sampler.scale,
+        index,
+        cfg=self.policy.cfg,
+        route=route,
+      )
 
   def _update(
     self,
@@ -100,7 +117,8 @@ class Updater:
     """One update; every route of the group has the same weight in it."""
     total, made = None, self.policy
     for route, d in drawn.items():
-      for index, weight, v_old, fresh in self._batches(d, route, rows, before[route]):
+      known = before[route]
+      for number, (index, weight, pull) in enumerate(self._batches(rows[route], rows)):
         found = policy_lib.gradients(
           state.params,
           state.reference,
@@ -109,8 +127,9 @@ class Updater:
           self.sampler.scale,
           index,
           weight,
-          v_old,
-          fresh,
+          pull,
+          self._unread(d, len(index)) if known is None else known[number],
+          known is None,
           cfg=made.cfg,
           route=route,
           objective=made.objective,
@@ -122,24 +141,20 @@ class Updater:
     return made.apply(state, grads, self.trainable), sums | {"grad_norm": policy_lib.norm(grads)}
 
   def _batches(
-    self, d: Drawn, route: Route, rows: Mapping[Route, Rows], known: list[jax.Array] | None
-  ) -> Iterator[tuple[np.ndarray, np.ndarray, jax.Array | None, bool]]:
-    """(index, weight, v_old, fresh) of the calls of policy.gradients for one route."""
+    self, rows: Rows, every: Mapping[Route, Rows]
+  ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+    """(index, weight, pull) of the calls for `rows`, one of `every` route: those that have any count alike."""
     batch = self.sampler.plan.batch
-    taught, anchored = ({r: getattr(part, kind) for r, part in rows.items()} for kind in ("taught", "anchored"))
-    for number, (index, weight) in enumerate(micro_batches(taught[route], batch, _weight(taught, route))):
-      yield index, weight, self._unread(d, batch) if known is None else known[number], known is None
-    for index, weight in micro_batches(anchored[route], batch, _weight(anchored, route)):
-      yield index, weight, None, False
+    weight = 1 / max(len(rows) * sum(len(each) > 0 for each in every.values()), 1)
+    scale = len(rows) / max(len(rows.pulled), 1)
+    for index, weights in micro_batches(rows.pulled, batch, weight):
+      yield index, weights, scale * weights
+    for index, weights in micro_batches(rows.others, batch, weight):
+      yield index, weights, None
 
-  def _unread(self, d: Drawn, batch: int) -> jax.Array:
+  def _unread(self, d: Drawn, count: int) -> jax.Array:
     """Stands where a program expects velocities that it will not read."""
-    return self.policy.layout.spread(np.zeros((batch,) + d.x.shape[1:], np.float32))
-
-
-def _weight(rows: Mapping[Route, np.ndarray], route: Route) -> float:
-  """Of one row of a route, where the rows of every route that has any count as one."""
-  return 1 / max(len(rows[route]) * sum(len(part) > 0 for part in rows.values()), 1)
+    return self.policy.layout.spread(np.zeros((count,) + d.x.shape[1:], np.float32))
 
 
 def micro_batches(index: np.ndarray, size: int, weight: float) -> list[tuple[np.ndarray, np.ndarray]]:

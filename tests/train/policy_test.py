@@ -42,7 +42,7 @@ def rows():
 
 
 def gradients(trained, index, weight, *, guidance=None, objective=None, fresh=True, scale=0.0, v_old=None, pull=False):
-  """Filled up to eight rows: one program serves most tests; `pull`: of the divergence alone."""
+  """Filled up to eight rows: one program serves most tests; `pull`: the divergence weighs them alike."""
   null, missing = model().encoder.encode([""]), 8 - len(index)
   index, weight = [*index, *[7] * missing], [*weight, *[0.0] * missing]
   v_old = None if v_old is None else jnp.concatenate([v_old, jnp.zeros((missing, *v_old.shape[1:]))])
@@ -54,7 +54,8 @@ def gradients(trained, index, weight, *, guidance=None, objective=None, fresh=Tr
     None if guidance is None else jnp.float32(guidance),
     np.int32(index),
     np.float32(weight),
-    jnp.zeros((8, 4, 4, 16)) if v_old is None and not pull else v_old,
+    np.float32(weight) if pull else None,
+    jnp.zeros((8, 4, 4, 16)) if v_old is None else v_old,
     fresh,
     cfg=model().cfg,
     route=model().routes["lite-f16"],
@@ -132,8 +133,7 @@ class PolicyTest(absltest.TestCase):
     state = made.create(model().params, 0)
     small.same(self, made.weights(state.params, state.reference), model().params)
     adapters = {"objective": made.objective, "scale": made.scale}
-    grads, _ = gradients(state.params, [0, 5], [0.5, 0.5], **adapters)
-    _, sums = gradients(state.params, [0, 5], [0.5, 0.5], pull=True, **adapters)
+    grads, sums = gradients(state.params, [0, 5], [0.5, 0.5], pull=True, **adapters)
     self.assertEqual(float(sums["kl"]), 0.0)
     after = made.apply(state, grads, (model().routes["max-f16"],))
     small.same(self, after.reference, state.reference)

@@ -1,6 +1,5 @@
 """Which rows an epoch of alignment is made of, and what they come to together."""
 
-import dataclasses
 import types
 
 import jax
@@ -13,6 +12,7 @@ from elasticdit_jax.train import losses, policy, updates
 from tests.train import policy_test, small
 
 COUNT, TRAINED = policy_test.COUNT, policy_test.TRAINED
+NOISY = losses.Objective(kl=2.0, divergence="v")
 PULL = losses.Objective("nft", kl=2.0, divergence="v", guidance=1.5)
 
 
@@ -38,18 +38,29 @@ def drawn(advantage):
 
 
 class SplitTest(parameterized.TestCase):
-  @parameterized.parameters((losses.Objective(kl=1.0), 0), (losses.Objective("nft", divergence="v"), 0), (PULL, COUNT))
-  def test_pictures_that_differ_are_taught_at_every_time_and_a_divergence_reaches_all(self, objective, anchored):
+  @parameterized.parameters(
+    (losses.Objective("nft", divergence="v"), 0), (losses.Objective(kl=1.0), 6), (PULL, 3), (NOISY, 3)
+  )
+  def test_pictures_that_differ_are_trained_at_every_time_and_pulled_at_one_or_all(self, objective, pulled):
     made = updater(objective, count=2)
     parts = made.split({"r": drawn([1, 0, -1, 2])}, 3)
-    taught = [part["r"].taught.reshape(-1, TRAINED) for part in parts]
-    for rows in taught:
-      np.testing.assert_array_equal(rows[:, 1], rows[:, 0] + COUNT)
-    self.assertCountEqual(np.concatenate(taught)[:, 0], [0, 2, 3])
-    self.assertCountEqual(np.concatenate([part["r"].anchored for part in parts]), range(anchored))
+    rows = [np.concatenate([part["r"].pulled, part["r"].others]) for part in parts]
+    self.assertCountEqual(np.concatenate(rows), [0, 2, 3, 4, 6, 7])
+    self.assertEqual([len(part["r"]) for part in parts], [4, 2])
+    for each in rows:  # both times of a picture lie in one update
+      self.assertEqual(set(each % COUNT), set(each[each >= COUNT] - COUNT))
+    found = np.concatenate([part["r"].pulled for part in parts])
+    self.assertLen(found, pulled)
+    self.assertLen(set(found % COUNT), min(pulled, 3))
     again = made.split({"r": drawn([1, 0, -1, 2])}, 3)
     for a, b in zip(parts, again, strict=True):
-      np.testing.assert_array_equal(a["r"].taught, b["r"].taught)
+      np.testing.assert_array_equal(a["r"].pulled, b["r"].pulled)
+      np.testing.assert_array_equal(a["r"].others, b["r"].others)
+
+  def test_pulls_reach_every_time(self):
+    made = updater(PULL)
+    found = [made.split({"r": drawn([1, 0, 0, 0])}, n)[0]["r"].pulled[0] for n in range(20)]
+    self.assertEqual(set(found), {0, COUNT})
 
   def test_the_last_batch_is_filled_up(self):
     batches = updates.micro_batches(np.arange(6) + 1, 4, 0.5)
@@ -59,53 +70,46 @@ class SplitTest(parameterized.TestCase):
 
 class UpdateTest(absltest.TestCase):
   def test_gradient_is_that_of_both_means_with_equal_routes(self):
-    """Against single calls: three rows of one route and one of the other weigh the same, kind by kind."""
-    made, m = updater(PULL, learning_rate=0.1), policy_test.model()
+    """Against one call for each route, weights written out: three pictures of one weigh as much as one of the other."""
+    made, m = updater(PULL, learning_rate=1e3), policy_test.model()
     routes = m.routes["lite-f16"], m.routes["max-f16"]
     state = made.policy.create(m.params, 0)
     rollouts = dict(zip(routes, (drawn([1, 0, -1, 2]), drawn([0, 0.5, 0, 0])), strict=True))
     after, sums = made.epoch(state, m.params, rollouts, 0)
-    total = jax.tree.map(jnp.zeros_like, state.params)
+    (parts,) = made.split(rollouts, 0)
+    total, kl, null = jax.tree.map(jnp.zeros_like, state.params), 0.0, made.sampler.null
     for route, d in rollouts.items():
-      taught = np.concatenate([np.flatnonzero(d.advantage) + COUNT * time for time in range(TRAINED)])
-      for index, old in ((taught, True), (np.arange(COUNT), False)):
-        (padded, weight), *_ = updates.micro_batches(index, 8, 0.5 / len(index))
-        null = made.sampler.null
-        args = m.params, d.x, d.row.t, d.text, null, None, padded
-        v_old = policy.velocities(*args, cfg=m.cfg, route=route) if old else None
-        rows = d.x, d.goal, d.row, d.text, d.advantage
-        grads, _ = policy.gradients(
-          m.params,
-          state.reference,
-          rows,
-          null,
-          None,
-          padded,
-          weight,
-          v_old,
-          False,
-          cfg=m.cfg,
-          route=route,
-          objective=PULL,
-          scale=0.0,
-          layout=made.policy.layout,
-        )
-        total = policy.add(total, grads)
-    step = jax.tree.map(lambda old, new: 10 * (old - new), state.params, after.params)
-    policy_test.close(self, step, total, 5e-3)
-    self.assertGreater(sums["kl"], 0.0)
+      every = np.arange(8)
+      weight = 0.5 * np.isin(every % COUNT, np.flatnonzero(d.advantage)) / len(parts[route])
+      pull = 0.5 * np.isin(every, parts[route].pulled) / len(parts[route].pulled)
+      args = m.params, d.x, d.row.t, d.text, null, None, every
+      grads, found = policy.gradients(
+        m.params,
+        state.reference,
+        (d.x, d.goal, d.row, d.text, d.advantage),
+        null,
+        None,
+        every,
+        np.float32(weight),
+        np.float32(pull),
+        policy.velocities(*args, cfg=m.cfg, route=route),
+        False,
+        cfg=m.cfg,
+        route=route,
+        objective=PULL,
+        scale=0.0,
+        layout=made.policy.layout,
+      )
+      total, kl = policy.add(total, grads), kl + found["kl"]
+    step = jax.tree.map(lambda old, new: 1e-3 * (old - new), state.params, after.params)
+    policy_test.close(self, step, total, 1e-3)
+    np.testing.assert_allclose(sums["kl"], kl, rtol=1e-4)
     self.assertEqual(int(after.updates), 1)
 
-  def test_a_divergence_moves_weights_where_rewards_say_nothing(self):
-    m = policy_test.model()
-    rollouts = {m.routes["lite-f16"]: drawn([0, 0, 0, 0])}
-    pulled = updater(PULL)
-    state = pulled.policy.create(m.params, 0)
-    after, first = pulled.epoch(state, m.params, rollouts, 0)
-    _, second = pulled.epoch(after, m.params, rollouts, 0)
-    self.assertLess(second["kl"], first["kl"])
-    silent = updater(dataclasses.replace(PULL, kl=0.0, guidance=1.0))
-    same, sums = silent.epoch(state, m.params, rollouts, 0)
+  def test_rewards_that_say_nothing_change_nothing(self):
+    m, made = policy_test.model(), updater(PULL)
+    state = made.policy.create(m.params, 0)
+    same, sums = made.epoch(state, m.params, {m.routes["lite-f16"]: drawn([0, 0, 0, 0])}, 0)
     small.same(self, same.params, state.params)
     self.assertEqual((int(same.updates), sums), (0, {}))
 
