@@ -6,7 +6,7 @@
                                     velocity, no densities
 
 Both see `Moments`, one row per (picture, trained time), and three velocities there: of the weights in training, of
-those that drew the pictures, and of the frozen reference.
+those that drew the pictures, and, where the divergence is taken, of the frozen reference.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class Objective:
       they are. The divergence then pulls towards the guided velocity: what guidance does moves into the weights, as far
       as `kl` weighs it, at the price of the loss that those weights were trained on, and one more pass through them.
     divergence: "x", of the means of the steps, at every row (Flow-GRPO's; late steps count most), or "v", of the
-      velocities, at one row of every picture: the same on average for fewer passes through the reference.
+      velocities, at one row of every trained picture: the same on average for fewer passes through the reference.
     guard: GRPO-Guard (arXiv 2510.22319): ratios centred and scaled alike at every step, steps weighted by 1 / -dt.
     strength: b of DiffusionNFT, how far its two velocities are apart.
   """

@@ -1,10 +1,10 @@
 """The updates of an epoch of alignment: which rows of which pictures, micro-batch by micro-batch.
 
-  pictures whose reward differs from their group's, at all trained times --objective-------------+
-                                                                                                 +--> gradient
-  the same, with divergence "v" at one of these times each --divergence from the reference-------+
+  pictures whose advantage is not 0 --all trained times--> objective --+
+                                                                       +--> gradient, weight by weight
+  the same --all times ("x") or one each ("v")--> divergence ----------+
 
-Rows without a divergence cost no pass through the reference.
+Rows with a divergence come first, so that most micro-batches of the others cost no pass through the reference.
 """
 
 import dataclasses
@@ -22,18 +22,18 @@ from elasticdit_jax.train.rollout import Drawn, Sampler
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """Rows of one route in one update, indices into Drawn's M.
+  """Rows of one route in one update.
 
   Attributes:
-    pulled: those with a divergence from the reference.
-    others: those without.
+    index: of Drawn's M.
+    pulled: how many of them, the first ones, have a divergence from the reference.
   """
 
-  pulled: np.ndarray
-  others: np.ndarray
+  index: np.ndarray
+  pulled: int
 
   def __len__(self) -> int:
-    return len(self.pulled) + len(self.others)
+    return len(self.index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Updater:
       for part, these, marks in zip(
         parts, np.array_split(rows, self.count), np.array_split(pulled, self.count), strict=True
       ):
-        part[route] = Rows(these[marks], these[~marks])
+        part[route] = Rows(np.concatenate([these[marks], these[~marks]]), int(marks.sum()))
     return parts
 
   def _pulled(self, rng: np.random.Generator, pictures: int, times: int) -> np.ndarray:
@@ -94,7 +94,7 @@ class Updater:
     return rng.integers(times, size=(pictures, 1)) == np.arange(times)
 
   def _before(self, drawing: Any, d: Drawn, route: Route, rows: Rows) -> Iterator[jax.Array]:
-    for index, _, _ in self._batches(rows, {route: rows}):
+    for index, _ in micro_batches(rows.index, self.sampler.plan.batch):
       yield policy_lib.velocities(
         drawing,
         d.x,
@@ -144,25 +144,25 @@ class Updater:
     self, rows: Rows, every: Mapping[Route, Rows]
   ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
     """(index, weight, pull) of the calls for `rows`, one of `every` route: those that have any count alike."""
-    batch = self.sampler.plan.batch
+    size = self.sampler.plan.batch
     weight = 1 / max(len(rows) * sum(len(each) > 0 for each in every.values()), 1)
-    scale = len(rows) / max(len(rows.pulled), 1)
-    for index, weights in micro_batches(rows.pulled, batch, weight):
-      yield index, weights, scale * weights
-    for index, weights in micro_batches(rows.others, batch, weight):
-      yield index, weights, None
+    scale = len(rows) / max(rows.pulled, 1)
+    for number, (index, real) in enumerate(micro_batches(rows.index, size)):
+      pulled = rows.pulled - number * size
+      weights = np.float32(weight) * real
+      yield index, weights, np.float32(scale) * weights * (np.arange(size) < pulled) if pulled > 0 else None
 
   def _unread(self, d: Drawn, count: int) -> jax.Array:
     """Stands where a program expects velocities that it will not read."""
     return self.policy.layout.spread(np.zeros((count,) + d.x.shape[1:], np.float32))
 
 
-def micro_batches(index: np.ndarray, size: int, weight: float) -> list[tuple[np.ndarray, np.ndarray]]:
-  """(index int32 [size], weight float32 [size]) that cover `index`; the last is filled up with rows of weight 0."""
+def micro_batches(index: np.ndarray, size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+  """(int32 [size], float32 [size], 1 for what is real) that cover `index`; the last is filled up with row 0."""
   parts = []
   for start in range(0, len(index), size):
     part = index[start : start + size]
     padded = np.zeros(size, np.int32)
     padded[: len(part)] = part
-    parts.append((padded, np.where(np.arange(size) < len(part), weight, 0).astype(np.float32)))
+    parts.append((padded, np.float32(np.arange(size) < len(part))))
   return parts

@@ -73,7 +73,7 @@ class PolicyTest(absltest.TestCase):
   def test_parts_add_up_and_padding_counts_nothing(self):
     index = np.array([5, 0, 3, 6, 1, 2])
     whole = gradients(model().params, index, [1 / 6] * 6)
-    batches = updates.micro_batches(index, 4, 1 / 6)
+    batches = [(rows, real / 6) for rows, real in updates.micro_batches(index, 4)]
     parts = [gradients(model().params, *batch) for batch in batches]
     close(self, policy.add(*parts), whole)
     self.assertEqual(float(whole[1]["ratio_off"]), 0.0)
