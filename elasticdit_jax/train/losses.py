@@ -6,7 +6,7 @@
                                     velocity, no densities
 
 Both see `Moments`, one row per (picture, trained time), and three velocities there: of the weights in training, of
-those that drew the pictures, and, where the divergence is taken, of the frozen reference.
+those that drew the pictures, and of the frozen reference.
 """
 
 import dataclasses
@@ -38,8 +38,7 @@ class Objective:
     guidance: scale of classifier-free guidance of that reference, where velocities in training have none; 1: guided as
       they are. The divergence then pulls towards the guided velocity: what guidance does moves into the weights, as far
       as `kl` weighs it, at the price of the loss that those weights were trained on, and one more pass through them.
-    divergence: "x", of the means of the steps, at every row (Flow-GRPO's; late steps count most), or "v", of the
-      velocities, at one row of every trained picture: the same on average for fewer passes through the reference.
+    divergence: "x", of the means of the steps (Flow-GRPO's; late steps count most), or "v", of the velocities.
     guard: GRPO-Guard (arXiv 2510.22319): ratios centred and scaled alike at every step, steps weighted by 1 / -dt.
     strength: b of DiffusionNFT, how far its two velocities are apart.
   """
@@ -65,7 +64,6 @@ class Moments:
     advantage: float32 [M].
     weight: float32 [M]; the loss is the weighted sum over rows.
     row: the step of the sampler, columns [M]; "nft" reads t alone.
-    pull: float32 [M], weights of the divergence; None where the rows have none.
   """
 
   x: Array
@@ -74,7 +72,6 @@ class Moments:
   advantage: Array
   weight: Array
   row: stochastic.Steps
-  pull: Array | None = None
 
 
 def advantages(rewards: Array, spread: str = "group", most: float = MOST) -> np.ndarray:
@@ -106,21 +103,19 @@ def loss(
     v: velocity of the weights in training at moments.x, with gradient.
     v_old: of the weights that drew the pictures, without. Where they are the same weights, stop_gradient(v) makes every
       ratio exactly 1.
-    v_reference: of the frozen reference; None where moments.pull is.
+    v_reference: of the frozen reference; None where objective.kl is 0.
     moments: the rows.
 
   Returns:
-    (scalar, weighted sums by name, "kl" by moments.pull). With weights that sum to 1 the sums are means.
+    (scalar, weighted sums by name). With weights that sum to 1 the sums are means.
   """
   v = v.astype(jnp.float32)
   per_row, metrics = (_clipped if objective.name == "grpo" else _contrast)(objective, v, v_old, moments)
+  if v_reference is not None:
+    kl = _divergence(objective, v, v_reference, moments)
+    per_row, metrics["kl"] = per_row + objective.kl * kl, kl
   sums = {name: jnp.sum(moments.weight * values) for name, values in metrics.items()}
-  total = jnp.sum(moments.weight * per_row)
-  if objective.kl:
-    pulled = moments.pull is not None
-    sums["kl"] = jnp.sum(moments.pull * _divergence(objective, v, v_reference, moments)) if pulled else jnp.float32(0)
-    total = total + objective.kl * sums["kl"]
-  return total, sums
+  return jnp.sum(moments.weight * per_row), sums
 
 
 def _clipped(

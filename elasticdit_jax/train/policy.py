@@ -154,7 +154,6 @@ def gradients(
   guidance: jax.Array | None,
   index: jax.Array,
   weight: jax.Array,
-  pull: jax.Array | None,
   v_old: jax.Array,
   fresh: jax.Array,
   *,
@@ -172,7 +171,6 @@ def gradients(
     null, guidance: of the sampler.
     index: int32 [m], which of the M rows.
     weight: float32 [m], 0 for padding.
-    pull: float32 [m], weights of the divergence; None spares the passes through the reference.
     v_old: [m, h, w, C], velocity of the weights that drew; not read where `fresh`.
     fresh: bool [], the weights in training are those that drew: their ratio is exactly 1, whatever was fused how.
     cfg, route, objective: static.
@@ -184,7 +182,7 @@ def gradients(
   x, goal, table, text, advantage = rows
   picture = index % len(text.mask)
   part, chosen = _rows(cfg, (text, advantage), picture), _rows(cfg, (x, goal, table), index)
-  moments = losses.Moments(*chosen[:2], *part, weight, chosen[2], pull)
+  moments = losses.Moments(*chosen[:2], *part, weight, chosen[2])
   row, part = moments.row, moments.text
 
   def objective_of(trained):
@@ -192,7 +190,7 @@ def gradients(
     v = _guided(cfg, weights, moments.x, row.t, part, null, guidance, route)
     before = jnp.where(fresh, jax.lax.stop_gradient(v), v_old)
     anchor = None
-    if pull is not None:
+    if objective.kl:
       scale_of_anchor = guidance if objective.guidance == 1 else jnp.float32(objective.guidance)
       anchor = jax.lax.stop_gradient(_guided(cfg, reference, moments.x, row.t, part, null, scale_of_anchor, route))
     return losses.loss(objective, v, before, anchor, moments)

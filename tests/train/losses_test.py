@@ -125,28 +125,12 @@ class PolicyTest(parameterized.TestCase):
   def test_divergence_from_the_reference(self, form):
     m, (v, v_ref) = moments(weight=(1.0, 1.0, 1.0)), velocities(2)
     objective = losses.Objective(kl=0.5, divergence=form)
-    value, sums = losses.loss(objective, v, v, v_ref, dataclasses.replace(m, pull=m.weight))
+    value, sums = losses.loss(objective, v, v, v_ref, m)
     distance = mean((v - v_ref) ** 2)
     # The mean of a step moves by its coefficient of v; Flow-GRPO measures that in g = std / sqrt(-dt).
     factor = 1 if form == "v" else TABLE.v**2 / (2 * TABLE.std**2 / -TABLE.dt)
     np.testing.assert_allclose(sums["kl"], np.sum(factor * distance), rtol=1e-4)
     np.testing.assert_allclose(value, -m.advantage.sum() + 0.5 * np.sum(factor * distance), rtol=1e-4)
-
-
-class PullTest(parameterized.TestCase):
-  @parameterized.parameters(*losses.OBJECTIVES)
-  def test_the_divergence_has_weights_of_its_own(self, name):
-    m, (v, v_old, v_ref) = moments(), velocities(3)
-    plain, _ = losses.loss(losses.Objective(name), v, v_old, None, m)
-    objective = losses.Objective(name, kl=2.0, divergence="v")
-    same, sums = losses.loss(objective, v, v_old, None, m)
-    self.assertEqual((float(same), float(sums["kl"])), (float(plain), 0.0))
-    pull = np.float32([0.0, 0.7, 0.1])
-    value, other = losses.loss(objective, v, v_old, v_ref, dataclasses.replace(m, pull=pull))
-    np.testing.assert_allclose(other["kl"], np.sum(pull * mean((v - v_ref) ** 2)), rtol=1e-5)
-    np.testing.assert_allclose(value, plain + 2 * other["kl"], rtol=1e-5)
-    # Both kinds of micro-batches are added up.
-    self.assertEqual(sums.keys(), other.keys())
 
 
 class ContrastTest(parameterized.TestCase):

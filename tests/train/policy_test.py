@@ -41,8 +41,8 @@ def rows():
   return jnp.asarray(x), jnp.asarray(goal), row, text, jnp.float32([1.0, -1.0, 2.0, 0.5])
 
 
-def gradients(trained, index, weight, *, guidance=None, objective=None, fresh=True, scale=0.0, v_old=None, pull=False):
-  """Filled up to eight rows: one program serves most tests; `pull`: the divergence weighs them alike."""
+def gradients(trained, index, weight, *, guidance=None, objective=None, fresh=True, scale=0.0, v_old=None):
+  """Filled up to eight rows: one program serves most tests."""
   null, missing = model().encoder.encode([""]), 8 - len(index)
   index, weight = [*index, *[7] * missing], [*weight, *[0.0] * missing]
   v_old = None if v_old is None else jnp.concatenate([v_old, jnp.zeros((missing, *v_old.shape[1:]))])
@@ -54,7 +54,6 @@ def gradients(trained, index, weight, *, guidance=None, objective=None, fresh=Tr
     None if guidance is None else jnp.float32(guidance),
     np.int32(index),
     np.float32(weight),
-    np.float32(weight) if pull else None,
     jnp.zeros((8, 4, 4, 16)) if v_old is None else v_old,
     fresh,
     cfg=model().cfg,
@@ -73,7 +72,7 @@ class PolicyTest(absltest.TestCase):
   def test_parts_add_up_and_padding_counts_nothing(self):
     index = np.array([5, 0, 3, 6, 1, 2])
     whole = gradients(model().params, index, [1 / 6] * 6)
-    batches = [(rows, real / 6) for rows, real in updates.micro_batches(index, 4)]
+    batches = updates.micro_batches(index, 4, 1 / 6)
     parts = [gradients(model().params, *batch) for batch in batches]
     close(self, policy.add(*parts), whole)
     self.assertEqual(float(whole[1]["ratio_off"]), 0.0)
@@ -106,11 +105,10 @@ class PolicyTest(absltest.TestCase):
     velocity = jax.jit(step.velocity, static_argnums=(0, 5))
     v, v_null = (velocity(m.cfg, m.params, x[index], row.t[index], t, m.routes["lite-f16"]) for t in (part, null))
     objective = losses.Objective(kl=2.0, divergence="v", guidance=1.5)
-    grads, found = gradients(m.params, index, [0.5, 0.5], objective=objective, pull=True)
+    grads, found = gradients(m.params, index, [0.5, 0.5], objective=objective)
     # The weights in training are the reference's: what is left is half of what the text changes.
     np.testing.assert_allclose(found["kl"], jnp.mean(jnp.square(0.5 * (v - v_null))), rtol=1e-4)
-    unguided = dataclasses.replace(objective, guidance=1.0)
-    plain, same = gradients(m.params, index, [0.5, 0.5], objective=unguided, pull=True)
+    plain, same = gradients(m.params, index, [0.5, 0.5], objective=dataclasses.replace(objective, guidance=1.0))
     self.assertEqual(float(same["kl"]), 0.0)
     self.assertFalse(np.allclose(grads["block_00"]["image_out"]["kernel"], plain["block_00"]["image_out"]["kernel"]))
 
@@ -132,15 +130,14 @@ class PolicyTest(absltest.TestCase):
     made = policy.Policy(model().cfg, losses.Objective(kl=1.0, divergence="v"), optax.sgd(0.1), 0.5, 2, 4.0)
     state = made.create(model().params, 0)
     small.same(self, made.weights(state.params, state.reference), model().params)
-    adapters = {"objective": made.objective, "scale": made.scale}
-    grads, sums = gradients(state.params, [0, 5], [0.5, 0.5], pull=True, **adapters)
+    grads, sums = gradients(state.params, [0, 5], [0.5, 0.5], objective=made.objective, scale=made.scale)
     self.assertEqual(float(sums["kl"]), 0.0)
     after = made.apply(state, grads, (model().routes["max-f16"],))
     small.same(self, after.reference, state.reference)
     self.assertEqual(int(after.updates), 1)
     pair = after.params["block_00"]["image_mlp"]["up"]["kernel"]
     self.assertTrue(np.any(np.asarray(pair["b"]) != 0))
-    _, sums = gradients(after.params, [0, 5], [0.5, 0.5], pull=True, **adapters)
+    _, sums = gradients(after.params, [0, 5], [0.5, 0.5], objective=made.objective, scale=made.scale)
     self.assertGreater(float(sums["kl"]), 0.0)
 
   def test_what_no_trained_route_reads_keeps_every_bit(self):
