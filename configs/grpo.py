@@ -62,7 +62,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.optimizer = common.adamw(learning_rate=2e-4, warmup_steps=0, decay_fraction=0.0, weight_decay=0.0)
   for field in ("warmup_steps", "decay_fraction"):  # the rate is constant
     del config.optimizer[field]
-  config.train = ConfigDict({"epochs": 110, "ema_decay": 0.97, "log_every": 5, "save_every": 20, "keep": 2})
+  config.train = ConfigDict({"epochs": 125, "ema_decay": 0.97, "log_every": 5, "save_every": 20, "keep": 2})
   config.watch = ConfigDict({"every": 20, "prompts": 24, "pictures": 128, "loss": 0.05, "diversity": 0.5})
   config.watch.patience = 3
   config.report = ConfigDict({"per_task": 40, "steps": 20, "guidance": 1.0, "pictures": 8})
@@ -87,7 +87,7 @@ def _variant(config: ConfigDict, name: str) -> None:
   elif name == "guard":
     config.objective.update({"guard": True, "clip": 2e-6})
   elif name == "nft":
-    config.rollout.noise = "ode"
+    config.rollout.update({"noise": "ode", "window": 2})
     config.objective.update({"name": "nft", "updates": 1, "kl": 1.0, "guidance": 1.4})
 
 
