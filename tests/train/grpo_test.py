@@ -205,7 +205,7 @@ class GrpoTest(absltest.TestCase):
       self.assertEqual(setup.job.config.data.size, 128, arg)
       names = [[route.name for route in group] for group in setup.groups]
       self.assertEqual(names, [["max-f8", "lite-f8"], ["max-f16", "lite-f16"]], arg)
-      self.assertEqual(setup.plan.window, 9 if arg == "paper" else 3)
+      self.assertEqual(setup.plan.window, {"": 2, "nft,lora": 2, "paper": 9}.get(arg, 3))
     self.assertFalse(self.workdir.exists())
 
   def test_no_model_to_align(self):
