@@ -12,9 +12,9 @@ Rewards are exact: the detector of the embedded scenes, objects nobody asked for
 report.md in the workdir: scores before and after, on combinations of training and on held-out ones, and what the
 reward cost: flow-matching loss of held-out pictures and diversity. docs/alignment.md explains the fields.
 
-The default is DiffusionNFT. 110 epochs take 25 to 30 minutes on one CPU core. Strict score on unseen combinations
-without guidance, before and after, mean of three seeds: max-f8 75 and 87, lite-f8 63 and 79, max-f16 73 and 83,
-lite-f16 55 and 74; held-out flow-matching loss up 2 to 4 %.
+The default is DiffusionNFT. 125 epochs take 25 to 27 minutes on one CPU core. Strict score on unseen combinations
+without guidance, before and after, mean of three seeds: max-f8 75 and 87, lite-f8 63 and 82, max-f16 73 and 83,
+lite-f16 55 and 73; held-out flow-matching loss up 2 to 5 %.
 
 Variants, after the colon, all along the same code:
 
@@ -25,7 +25,7 @@ Variants, after the colon, all along the same code:
     :cps       the same with Coefficients-Preserving Sampling
     :guard     the window with GRPO-Guard's ratios
     :lora      rank-32 adapters instead of full weights, together with any of these
-    :debug     64 pixels and two epochs; 65 s with compilation
+    :debug     64 pixels and two epochs; a minute with compilation
 """
 
 from ml_collections import ConfigDict
