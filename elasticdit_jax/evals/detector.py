@@ -4,7 +4,7 @@ A pixel belongs to an object where its chroma (largest minus smallest channel) i
 the world stay below 0.11, objects above 0.39. Each connected region then gets a soft coverage mask, the
 projection of its pixels on the line from the surrounding colour to its own, whose half-way contour
 survives blur and noise. The shape is the template of equal area and centroid that overlaps it best.
-Measured on one core of two busy ones: 940 pictures of 128 px a second.
+Measured on one core (machine B): 890 pictures of 128 px a second.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ class Detection:
 
 
 def _chroma(red: np.ndarray, green: np.ndarray, blue: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """(largest channel, largest minus smallest); a maximum over a last axis of three is ten times slower."""
+  """(largest channel, largest minus smallest); over a last axis of three NumPy takes ten times as long and more."""
   high, low = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
   return high, high - low
 
@@ -91,23 +91,6 @@ def _color(rgb: np.ndarray) -> np.ndarray:
   return np.minimum(away, 1 - away).argmin(-1)
 
 
-def _grown(mask: np.ndarray) -> np.ndarray:
-  """A mask and the pixels beside, above and below it; scipy's dilation takes ten times as long on a small window."""
-  out = mask.copy()
-  out[1:] |= mask[:-1]
-  out[:-1] |= mask[1:]
-  out[:, 1:] |= mask[:, :-1]
-  out[:, :-1] |= mask[:, 1:]
-  return out
-
-
-def _shrunk(mask: np.ndarray) -> np.ndarray:
-  """A mask without the pixels that touch others, or the edge of the window."""
-  out = np.zeros_like(mask)
-  out[1:-1, 1:-1] = mask[1:-1, 1:-1] & mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:]
-  return out
-
-
 def _middle(colors: np.ndarray) -> np.ndarray:
   """Median [3] of colours [N, 3]."""
   return np.median(np.ascontiguousarray(colors.T), axis=1)
@@ -121,7 +104,7 @@ def _regions(mask: np.ndarray, rgb: np.ndarray, least: float, purity: float) -> 
     area = np.count_nonzero(region)
     if area < least:
       continue
-    color = _color(rgb[window][region]) if purity > 0 else np.zeros(area, np.int64)
+    color = _color(rgb[window][region])
     shares = np.bincount(color, minlength=len(COLORS)) / area
     if shares.max() >= purity:
       yield window, region
@@ -138,9 +121,9 @@ def _cover(rgb: np.ndarray, region: np.ndarray, others: np.ndarray) -> tuple[np.
 
   Pixels are projected on the line from the colour around the region to the colour of its inside.
   """
-  inside = _shrunk(region)
+  inside = ndimage.binary_erosion(region)
   color = _middle(rgb[inside if inside.any() else region])
-  near = _grown(_grown(region))
+  near = ndimage.binary_dilation(region, iterations=2)
   around = ~(near | others)
   back = _middle(rgb[around]) if around.any() else np.full(3, 0.8)
   line = color - back

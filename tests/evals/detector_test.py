@@ -95,14 +95,6 @@ class DetectTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, r"images: got .*expected uint8 \[B, S, S, 3\]"):
       detector.detect(np.zeros(shape, dtype))
 
-  def test_masks_grow_and_shrink_as_in_scipy(self):
-    rng = np.random.default_rng(0)
-    for shape in ((1, 1), (1, 7), (2, 2), (9, 13)):
-      for share in (0.3, 0.8):
-        mask = rng.random(shape) < share
-        np.testing.assert_array_equal(detector._grown(mask), ndimage.binary_dilation(mask))
-        np.testing.assert_array_equal(detector._shrunk(mask), ndimage.binary_erosion(mask))
-
 
 if __name__ == "__main__":
   absltest.main()
