@@ -179,7 +179,16 @@ def _plan(config: Any) -> Plan:
   last = given.last if given.last >= 0 else given.steps - 2
   window = given.window or last - given.first + 1
   return Plan(
-    given.group, given.steps, given.guidance, given.noise, given.level, window, given.first, last, given.batch
+    given.group,
+    given.steps,
+    given.guidance,
+    given.noise,
+    given.level,
+    window,
+    given.first,
+    last,
+    given.batch,
+    given.same_noise,
   )
 
 
@@ -208,6 +217,11 @@ def _check(config: Any) -> None:
       0 <= r.window <= last - r.first + 1,
       f"at most the {last - r.first + 1} steps from first to last",
     ),
+    (
+      "rollout.same_noise",
+      not r.same_noise or r.noise != "ode",
+      "False for ode: nothing would tell pictures apart",
+    ),
     ("rollout.batch", r.batch >= 1, "at least 1 picture at a time"),
     ("objective.updates", o.updates >= 1, "at least 1 update an epoch"),
     ("objective.clip", 0 < o.clip < 1, "half the width of the range of ratios, in (0, 1)"),
@@ -224,6 +238,8 @@ def _check(config: Any) -> None:
     ("objective.guard", not o.guard or o.name == "grpo" and r.noise != "cps", "False where steps have no density"),
     ("objective.spread", o.spread in losses.SPREADS, f"one of {', '.join(losses.SPREADS)}"),
     ("objective.strength", 0 < o.strength < math.inf, "a positive number"),
+    ("objective.lag", 0 <= o.lag < 1, "a share of at least 0, below 1"),
+    ("objective.lag", o.name == "nft" or o.lag == 0, "0 for grpo, where the weights in training draw"),
     ("lora.rank", config.lora.rank >= 0, "0 for full weights, or a rank"),
     ("lora.alpha", config.lora.alpha > 0, "a positive number"),
     ("train.epochs", config.train.epochs >= 1, "at least 1 epoch"),

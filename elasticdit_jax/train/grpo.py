@@ -46,9 +46,14 @@ NEUTRAL = (
   "report.per_task",
   "rewards.servers",
 )
-_ABSENT = {"objective.guidance": 1.0}  # in runs that were begun before there was a choice
 _OF_HOST = "rewards.servers"  # every host may ask one of its own
 _SILENT_EPOCHS = 20  # in a row in which no group had two different rewards
+
+
+def _absent(config: Any) -> dict[str, float]:
+  """Fields that came later, as runs without them were made."""
+  lag = 0.5 if config.objective.name == "nft" else 0.0
+  return {"objective.guidance": 1.0, "objective.lag": lag, "rollout.same_noise": False}
 
 
 class _StoppedError(Exception):
@@ -62,7 +67,7 @@ def run(config: Any, workdir: str) -> None:
     ValueError: for a config or a workdir that does not fit; nothing has been written or drawn then.
     SystemExit: with code 0, where a stop is asked for while the first scores of a reward server are waited for.
   """
-  check_workdir(workdir, config, NEUTRAL, _ABSENT)
+  check_workdir(workdir, config, NEUTRAL, _absent(config))
   fields = {name: value for name, value in flat_fields(config).items() if name != _OF_HOST}
   distributed.check_same("config", fields | {"--workdir": os.path.abspath(workdir)})
   try:
@@ -91,7 +96,7 @@ class Run:
     self.sampler = Sampler(job, setup.plan, self.policy.objective, config.objective.spread, setup.reward)
     current = self.policy.create(setup.weights, config.seed)
     distributed.on_first("workdir", lambda: check_space(job.workdir, current))
-    claim_workdir(job.workdir, config, NEUTRAL, _ABSENT)
+    claim_workdir(job.workdir, config, NEUTRAL, _absent(config))
     every = {*range(0, config.train.epochs, config.watch.every), config.train.epochs}
     with Checkpointer(job.workdir, keep=config.train.keep) as checkpoint:
       current, start = self._restore(checkpoint, current)
@@ -147,14 +152,12 @@ class Run:
   def _epoch(self, state: PolicyState, prompts: Sequence[Prompt], n: int) -> tuple[PolicyState, dict[str, float]]:
     """Rollout, rewards and updates of epoch n."""
     key = jax.random.fold_in(jax.random.fold_in(state.key, 1), n)
-    nft = self.policy.objective.name == "nft"
-    drawing = self.policy.weights(state.old if nft else state.params, state.reference)
+    drawing = self.policy.weights(state.params if state.old is None else state.old, state.reference)
     first = self.setup.plan.window_at(self.config.seed, n)
     drawn = {r: self.sampler.rollout(drawing, prompts, r, key, first) for r in self._group(n)}
     with self.job.layout.active():
       state, sums = self._updates(state, drawing, drawn, n)
-    if nft:
-      state = self.policy.move_old(state)
+    state = self.policy.move_old(state)
     metrics = _summary(drawn, self.setup.plan.group) | sums
     self._rewards.append(metrics["reward"])
     self._silent = self._silent + 1 if metrics["zero_std_share"] == 1 else 0

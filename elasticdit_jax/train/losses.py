@@ -41,6 +41,9 @@ class Objective:
     divergence: "x", of the means of the steps (Flow-GRPO's; late steps count most), or "v", of the velocities.
     guard: GRPO-Guard (arXiv 2510.22319): ratios centred and scaled alike at every step, steps weighted by 1 / -dt.
     strength: b of DiffusionNFT, how far its two velocities are apart.
+    lag: most of itself that the average that draws keeps from one epoch to the next, for "nft"; see Policy.move_old. 0:
+      the weights in training draw, and their own velocities stand for those before an epoch's first update, which saves
+      a pass per row.
   """
 
   name: str = "grpo"
@@ -50,6 +53,7 @@ class Objective:
   divergence: str = "x"
   guard: bool = False
   strength: float = 1.0
+  lag: float = 0.0
 
 
 @jax.tree_util.register_dataclass

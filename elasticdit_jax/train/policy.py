@@ -36,7 +36,7 @@ class PolicyState:
     opt_state, ema: of params.
     key: of the run; epochs fold their number into it.
     reference: the given weights, frozen; adapters are merged into them.
-    old: like params, the average that draws the pictures of DiffusionNFT; None where params themselves draw.
+    old: like params, the average that draws (Objective.lag); None where params themselves draw.
   """
 
   step: jax.Array
@@ -90,7 +90,7 @@ class Policy:
   def _create(self, weights: Any, seed: int) -> PolicyState:
     key = jax.random.key(seed)
     params = self.trained(weights, jax.random.fold_in(key, 0))
-    old = copy(params) if self.objective.name == "nft" else None
+    old = copy(params) if self.objective.lag else None
     zero = jnp.int32(0)
     return PolicyState(zero, jnp.int32(0), copy(params), self.tx.init(params), copy(params), key, copy(weights), old)
 
@@ -106,8 +106,11 @@ class Policy:
     return dataclasses.replace(state, updates=state.updates + 1, params=params, opt_state=opt_state, ema=ema)
 
   def move_old(self, state: PolicyState) -> PolicyState:
-    """The average that draws, one epoch on: slow to follow later (DiffusionNFT's schedule for GenEval)."""
-    return dataclasses.replace(state, old=_moved(state.old, state.params, state.step, self.layout))
+    """The average that draws, one epoch on: slower to follow later, up to Objective.lag (DiffusionNFT's schedule)."""
+    if state.old is None:
+      return state
+    old = _moved(state.old, state.params, state.step, self.objective.lag, self.layout)
+    return dataclasses.replace(state, old=old)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "layout"))
@@ -121,9 +124,9 @@ def _apply(params, opt_state, ema, grads, number, tx, decay, trainable, layout):
   return layout.keep((params, opt_state, optim.ema_update(ema, params, number, decay)))
 
 
-@functools.partial(jax.jit, static_argnames="layout")
-def _moved(old, params, epoch, layout):
-  decay = jnp.minimum(0.001 * epoch.astype(jnp.float32), 0.5)
+@functools.partial(jax.jit, static_argnames=("lag", "layout"))
+def _moved(old, params, epoch, lag, layout):
+  decay = jnp.minimum(0.001 * epoch.astype(jnp.float32), lag)
   return layout.keep(jax.tree.map(lambda o, p: decay * o + (1 - decay) * p, old, params))
 
 

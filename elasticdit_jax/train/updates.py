@@ -39,8 +39,8 @@ class Updater:
   ) -> tuple[PolicyState, dict[str, float]]:
     """All updates of epoch `number`; `drawing` are the weights that drew. Returns (state, means over the updates)."""
     parts = self.split(drawn, number)
-    # Of the weights that drew, before the first update changes them; the first itself needs none.
-    late = range(0 if self.policy.objective.name == "nft" else 1, self.count)
+    # Of the weights that drew, before the first update changes them; where they are those in training it needs none.
+    late = range(1 if state.old is None else 0, self.count)
     before = {(u, r): [*self._before(drawing, d, r, parts[u][r])] for u in late for r, d in drawn.items()}
     totals: dict[str, list[float]] = {}
     for u, part in enumerate(parts):

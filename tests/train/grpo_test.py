@@ -99,7 +99,7 @@ class GrpoTest(absltest.TestCase):
   def test_adapters_and_the_forward_process(self):
     changes = {
       "lora": {"rank": 2, "alpha": 4.0},
-      "objective": {"name": "nft", "kl": 1e-4, "divergence": "v"},
+      "objective": {"name": "nft", "kl": 1e-4, "divergence": "v", "lag": 0.5},
       "rollout": {"noise": "ode", "guidance": 2.0, "routes": "lite-f16"},
       "train": {"epochs": 2},
     }
@@ -174,6 +174,12 @@ class GrpoTest(absltest.TestCase):
         "rollout": {"guidance": 2.0},
       },
       "config.objective.clip": {"objective": {"clip": 0.0}},
+      "config.objective.lag: expected a share of at least 0, below 1": {"objective": {"lag": 1.0}},
+      "config.rollout.same_noise: expected False for ode": {
+        "objective": {"name": "nft"},
+        "rollout": {"noise": "ode", "same_noise": True},
+      },
+      "config.objective.lag: expected 0 for grpo": {"objective": {"lag": 0.5}},
       "unknown reward 'beauty'; there are .*scene_strict": {"rewards": {"weights": "beauty=1"}},
       "jpeg_size: expected a finite weight of at least 0": {"rewards": {"weights": "jpeg_size=-1"}},
       "config.prompts.tasks": {"prompts": {"tasks": "counts=1"}},

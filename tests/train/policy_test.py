@@ -153,7 +153,7 @@ class PolicyTest(absltest.TestCase):
     )
 
   def test_average_that_draws_follows_ever_more_slowly(self):
-    made = policy.Policy(model().cfg, losses.Objective("nft"), optax.sgd(0.1), 0.5, 2, 4.0)
+    made = policy.Policy(model().cfg, losses.Objective("nft", lag=0.5), optax.sgd(0.1), 0.5, 2, 4.0)
     state = made.create(model().params, 0)
     moved = jax.tree.map(lambda p: p + 1.0, state.params)
     for number, decay in ((0, 0.0), (200, 0.2), (9000, 0.5)):

@@ -1,5 +1,6 @@
 """Which rows an epoch of alignment is made of, and what they come to together."""
 
+import dataclasses
 import types
 
 import jax
@@ -55,7 +56,12 @@ class SplitTest(absltest.TestCase):
 class UpdateTest(absltest.TestCase):
   def test_gradient_is_that_of_the_mean_with_equal_routes(self):
     """Against one call for each route, weights written out: three pictures of one weigh as much as one of the other."""
-    made, m = updater(PULL, batch=4, learning_rate=1e3), policy_test.model()
+    for lag in (0.0, 0.5):  # the weights in training stand for those that drew, or velocities of these are asked for
+      with self.subTest(lag=lag):
+        self._check_gradient(dataclasses.replace(PULL, lag=lag))
+
+  def _check_gradient(self, objective):
+    made, m = updater(objective, batch=4, learning_rate=1e3), policy_test.model()
     first, second = m.routes["lite-f16"], m.routes["max-f16"]
     rollouts = {first: drawn([1, 0, -1, 2]), second: drawn([0, 0.5, 0, 0])}
     state = made.policy.create(m.params, 0)
