@@ -8,6 +8,7 @@ line per variant. On an accelerator give --wall: CPU time means little there. A 
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import time
@@ -50,6 +51,12 @@ class TimedRun(grpo.Run):
     return watch.Verdict(verdict.best, "the time is over")
 
 
+def trained_alone(setup: aligned.Setup) -> aligned.Setup:
+  """Without the routes that are not trained: scoring them would take longer than a short run."""
+  names = {route.name for group in setup.groups for route in group}
+  return dataclasses.replace(setup, routes={name: r for name, r in setup.routes.items() if r.name in names})
+
+
 def measure(options: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
   """One run; returns its curves, and scores and losses of the trained routes before and after."""
   workdir = os.path.join(options.out, f"{variant.replace(',', '-')}-{seed}")
@@ -62,7 +69,7 @@ def measure(options: argparse.Namespace, variant: str, seed: int) -> dict[str, A
   config.rollout.routes = options.routes or config.rollout.routes
   config.report.per_task = options.per_task
   config.train.epochs, config.watch.every = options.epochs, options.every
-  run = TimedRun(aligned.prepare(config.lock(), workdir), 60 * options.minutes, options.wall)
+  run = TimedRun(trained_alone(aligned.prepare(config.lock(), workdir)), 60 * options.minutes, options.wall)
   run.execute()
   with open(os.path.join(workdir, "report.json")) as f:
     before, after = (snapshot["routes"] for snapshot in json.load(f)["snapshots"])

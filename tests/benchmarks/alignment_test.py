@@ -1,12 +1,14 @@
 """The benchmark of alignment: its table, and a clock that ends a run."""
 
+import dataclasses
 import pathlib
 import sys
 from unittest import mock
 
 from absl.testing import absltest
 
-from elasticdit_jax.train import grpo, watch
+from elasticdit_jax import elastic
+from elasticdit_jax.train import aligned, grpo, watch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -40,6 +42,13 @@ class AlignmentTest(absltest.TestCase):
       ["nft", "2", "40", "0.60 ± 0.00", "65.00 ± 5.00", "15.00 ± 5.00", "30.00 ± 10.00", "2.00 ± 0.00"],
     )
     self.assertStartsWith(second, "| fast | 1 |")
+
+  def test_routes_that_are_not_trained_are_left_out(self):
+    routes = elastic.standard_routes(4)
+    groups = ((routes["max-f8"], routes["lite-f8"]), (routes["max-f8"],))
+    blank = {field.name: None for field in dataclasses.fields(aligned.Setup)}
+    setup = alignment.trained_alone(aligned.Setup(**blank | {"routes": routes, "groups": groups}))
+    self.assertEqual(list(setup.routes), ["max-f8", "lite-f8"])
 
   def test_a_run_ends_at_the_first_look_after_its_time(self):
     clock = iter([100.0, 104.0, 104.5, 111.0, 112.0])
