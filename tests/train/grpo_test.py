@@ -211,7 +211,8 @@ class GrpoTest(absltest.TestCase):
       self.assertEqual(setup.job.config.data.size, 128, arg)
       names = [[route.name for route in group] for group in setup.groups]
       self.assertEqual(names, [["max-f8", "lite-f8"], ["max-f16", "lite-f16"]], arg)
-      self.assertEqual(setup.plan.window, {"": 2, "nft,lora": 2, "paper": 9}.get(arg, 3))
+      plan = {"": (2, 0, 8), "nft,lora": (2, 0, 8), "paper": (9, 0, 8)}.get(arg, (3, 2, 6))
+      self.assertEqual((setup.plan.window, setup.plan.first, setup.plan.last), plan)
     self.assertFalse(self.workdir.exists())
 
   def test_no_model_to_align(self):
