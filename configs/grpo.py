@@ -25,7 +25,7 @@ Variants, after the colon, all along the same code:
     :cps       the same with Coefficients-Preserving Sampling
     :guard     the window with GRPO-Guard's ratios
     :lora      rank-32 adapters instead of full weights, together with any of these
-    :debug     64 pixels and two epochs; a minute with compilation
+    :debug     64 pixels and two epochs; under 90 s with compilation
 """
 
 from ml_collections import ConfigDict
