@@ -78,7 +78,7 @@ def _variant(config: ConfigDict, name: str) -> None:
     # At 2e-4 twenty epochs cost 7 % of the held-out flow-matching loss.
     config.optimizer.learning_rate = 5e-5
   if name in ("fast", "cps", "guard"):
-    # Of ten steps those that decide the picture: later ones have up to twenty times the gradient and cost loss alone.
+    # Of ten steps those that decide the picture: later ones have up to ten times the gradient and cost loss alone.
     config.rollout.update({"first": 2, "last": 6})
     config.objective.kl = 0.002
   if name == "paper":
