@@ -52,7 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.rewards = ConfigDict({"weights": "scene_strict=0.5,scene_partial=0.5", "models": "", "servers": ""})
   config.rollout = ConfigDict({"routes": "max-f8+lite-f8,max-f16+lite-f16", "prompts": 24, "group": 8})
   config.rollout.update({"steps": 10, "guidance": 1.0, "noise": "sde", "level": 0.7})
-  config.rollout.update({"window": 3, "first": 0, "last": -1, "batch": 32, "same_noise": False})
+  config.rollout.update({"window": 3, "first": 0, "last": -1, "batch": 32})
   config.objective = ConfigDict(
     {"name": "grpo", "updates": 2, "clip": 1e-4, "kl": 0.0, "guidance": 1.0, "divergence": "v"}
   )

@@ -179,16 +179,7 @@ def _plan(config: Any) -> Plan:
   last = given.last if given.last >= 0 else given.steps - 2
   window = given.window or last - given.first + 1
   return Plan(
-    given.group,
-    given.steps,
-    given.guidance,
-    given.noise,
-    given.level,
-    window,
-    given.first,
-    last,
-    given.batch,
-    given.same_noise,
+    given.group, given.steps, given.guidance, given.noise, given.level, window, given.first, last, given.batch
   )
 
 
@@ -216,11 +207,6 @@ def _check(config: Any) -> None:
       "rollout.window",
       0 <= r.window <= last - r.first + 1,
       f"at most the {last - r.first + 1} steps from first to last",
-    ),
-    (
-      "rollout.same_noise",
-      not r.same_noise or r.noise != "ode",
-      "False for ode: nothing would tell pictures apart",
     ),
     ("rollout.batch", r.batch >= 1, "at least 1 picture at a time"),
     ("objective.updates", o.updates >= 1, "at least 1 update an epoch"),

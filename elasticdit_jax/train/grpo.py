@@ -53,7 +53,7 @@ _SILENT_EPOCHS = 20  # in a row in which no group had two different rewards
 def _absent(config: Any) -> dict[str, float]:
   """Fields that came later, as runs without them were made."""
   lag = 0.5 if config.objective.name == "nft" else 0.0
-  return {"objective.guidance": 1.0, "objective.lag": lag, "rollout.same_noise": False}
+  return {"objective.guidance": 1.0, "objective.lag": lag}
 
 
 class _StoppedError(Exception):

@@ -41,8 +41,6 @@ class Plan:
     rule, level: noise of the steps, see flow.stochastic; rule "ode" draws none.
     window: steps with noise, the ones that are trained; they lie within first..last.
     batch: pictures computed at a time, and rows of one backward pass, over all devices.
-    same_noise: the pictures of a prompt start from the same noise (DanceGRPO), so that noise of the steps alone tells
-      them apart.
   """
 
   group: int
@@ -54,7 +52,6 @@ class Plan:
   first: int
   last: int
   batch: int
-  same_noise: bool = False
 
   def window_at(self, seed: int, epoch: int) -> int:
     """First noisy step of an epoch, uniform over the places the window has."""
@@ -102,7 +99,6 @@ def draw_batch(
   null: Text,
   guidance: jax.Array | None,
   key: jax.Array,
-  start: jax.Array,
   index: jax.Array,
   times: jax.Array,
   steps: stochastic.Steps,
@@ -119,8 +115,8 @@ def draw_batch(
     params, codec: weights and VAE of the route.
     text, null: B prompts; the empty one.
     guidance: scale, []; None for plain conditional sampling.
-    key: of the epoch. All noise of a picture is a function of (key, start, index): of no batch, device or host.
-    start, index: int32 [B], numbers of the noise that a picture starts from, and of that of its steps.
+    key: of the epoch. All noise of a picture is a function of (key, index) alone: of no batch, device or host.
+    index: int32 [B].
     times, steps, first: schedule, its table, and the first step to keep.
     cfg, route, grid: the backbone, the way through it, (rows, columns) of latent cells.
     kept: number of steps to keep.
@@ -130,8 +126,8 @@ def draw_batch(
   """
   first_key, step_key = jax.random.split(key)
   shape = (*grid, codec.cfg.latent_channels)
-  start, index, text = jax.tree.map(lambda a: placement.split(jnp.asarray(a), cfg.batch_axes), (start, index, text))
-  noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(first_key, i), shape))(start)
+  index, text = jax.tree.map(lambda a: placement.split(jnp.asarray(a), cfg.batch_axes), (index, text))
+  noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(first_key, i), shape))(index)
   guided = guidance_lib.guide(
     lambda x, t, text: velocity(cfg, params, x, t, text, route), text, null, 1 if guidance is None else guidance
   )
@@ -187,8 +183,7 @@ class Sampler:
     key = jax.random.fold_in(key, route.vae)
     steps = self.plan.table(self.times(route), first)
     kept = self.plan.window if self._objective.name == "grpo" else 0
-    shared = self.plan.group if self.plan.same_noise else 1
-    parts, scores, text = self._draw(params, rows, route, key, steps, first, kept, shared)
+    parts, scores, text = self._draw(params, rows, route, key, steps, first, kept)
     ways, ends, images = zip(*parts, strict=True)
     total = combine(scores, self._reward.weights)
     advantage = losses.advantages(total.reshape(len(prompts), -1), self._spread).reshape(-1)
@@ -207,13 +202,8 @@ class Sampler:
     parts, scores, _ = self._draw(params, prompts, route, key, steps, 0, 0, everywhere=True)
     return np.concatenate([images for _, _, images in parts])[: len(prompts)], scores
 
-  def _draw(self, params, rows, route, key, steps, first, kept, shared=1, everywhere=False):
+  def _draw(self, params, rows, route, key, steps, first, kept, everywhere=False):
     """Batch by batch; a process's own pictures are scored while the next batch is drawn.
-
-    Args:
-      params, rows, route, key, steps, first, kept: see draw_batch.
-      shared: pictures in a row that start from the same noise.
-      everywhere: every process wants all pictures.
 
     Returns:
       ([(x around the kept steps, finished latents, pictures: its own, or all of the batch `everywhere`) of each batch,
@@ -224,7 +214,6 @@ class Sampler:
     parts, pending, numbers = [], [], []
     for start in range(0, len(encoded.mask), batch):
       part = jax.tree.map(lambda a, start=start: a[start : start + batch], encoded)
-      index = np.arange(start, start + batch, dtype=np.int32)
       with layout.active():
         way, end, images = draw_batch(
           params,
@@ -233,8 +222,7 @@ class Sampler:
           self.null,
           self.scale,
           key,
-          index // np.int32(shared),
-          index,
+          np.arange(start, start + batch, dtype=np.int32),
           self.times(route),
           jax.tree.map(np.float32, steps),
           np.int32(first),

@@ -75,16 +75,6 @@ class RolloutTest(absltest.TestCase):
     np.testing.assert_array_equal(d.advantage, losses.advantages(d.rewards.reshape(3, 2)).reshape(-1))
     self.assertLen({image.tobytes() for image in d.images}, len(d.images))
 
-  def test_pictures_of_a_prompt_may_start_from_the_same_noise(self):
-    prompts = [Prompt(text, "all", {}) for text in TEXTS]
-    for same in (False, True):
-      model, drawing = make(losses.Objective(), dataclasses.replace(PLAN, same_noise=same))
-      d = drawing.rollout(model.params, prompts, model.routes["max-f16"], jax.random.key(0), 0)
-      start, after = (np.asarray(a[:6]).reshape(3, 2, -1) for a in (d.x, d.goal))
-      self.assertEqual(np.array_equal(start[:, 0], start[:, 1]), same)
-      for a in (start[:, 0], after.reshape(6, -1)):  # prompts differ, and every picture after its first noisy step
-        self.assertLen({row.tobytes() for row in a}, len(a))
-
   def test_rows_of_the_forward_process(self):
     plan = dataclasses.replace(PLAN, rule="ode", guidance=1.0)
     model, drawing = make(losses.Objective("nft", divergence="v"), plan)
