@@ -1,7 +1,9 @@
 """Which rows an epoch of alignment is made of, and what they come to together."""
 
+import contextlib
 import dataclasses
 import types
+from unittest import mock
 
 import jax
 import numpy as np
@@ -108,6 +110,15 @@ class UpdateTest(absltest.TestCase):
       ratios[rate] = sums["ratio_off"]
     self.assertLess(ratios[0.0], 1e-6)
     self.assertGreater(ratios[1e-2], 1e-5)
+
+  def test_weights_in_training_that_draw_are_asked_once(self):
+    m, rollouts = policy_test.model(), {policy_test.model().routes["lite-f16"]: drawn([1, 0, -1, 2])}
+    with mock.patch.object(policy, "velocities", side_effect=AssertionError("a second pass")):
+      for lag in (0.0, 0.5):
+        made = updater(dataclasses.replace(PULL, lag=lag))
+        state = made.policy.create(m.params, 0)
+        with self.assertRaisesRegex(AssertionError, "a second pass") if lag else contextlib.nullcontext():
+          made.epoch(state, m.params, rollouts, 0)
 
   def test_rewards_that_say_nothing_change_nothing(self):
     m, made = policy_test.model(), updater(PULL)
