@@ -11,15 +11,15 @@ import jax.numpy as jnp
 
 from elasticdit_jax.ops.attention import dense_attention
 
-# Logits in one chunk, float32. On CPU 384 rows of 4224 keys; an accelerator needs more of them at once.
-_CHUNK_LOGITS = {"cpu": 1_700_000}
+# Query rows of one chunk on CPU, and logits of one on an accelerator, which needs more of them at once.
+_CHUNK_ROWS = 384
 _CHUNK_LOGITS_ACCELERATOR = 64_000_000
 
 
 def chunk_rows(tokens: int) -> int:
   """Query rows of one chunk of `chunked`: a divisor of the number of tokens."""
-  budget = _CHUNK_LOGITS.get(jax.default_backend(), _CHUNK_LOGITS_ACCELERATOR)
-  most = max(64, min(tokens, budget // tokens))
+  budget = _CHUNK_ROWS if jax.default_backend() == "cpu" else _CHUNK_LOGITS_ACCELERATOR // tokens
+  most = max(64, min(tokens, budget))
   return max(rows for rows in range(1, most + 1) if tokens % rows == 0)
 
 

@@ -5,6 +5,7 @@ is why this file, beside train/sharding.py, speaks of meshes: it reads the one t
 """
 
 import math
+import os
 from collections.abc import Callable
 
 import jax
@@ -27,6 +28,12 @@ def device_kind() -> str:
   """Of what the program will run on, say "TPU v6 lite"; found like `platform`."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def cores_per_device() -> int:
+  """Processor cores that each of this process's CPU devices has, by those this process may use; at least 1."""
+  usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+  return max(1, usable // jax.local_device_count("cpu"))
 
 
 def on_one_device() -> bool:

@@ -3,13 +3,16 @@
   table of one head:   [ text blocks | image blocks ]          (text padded to whole blocks, its padding masked)
   one chunk:           a few query blocks of [rows, D]  x  their gathered keys [listed * block_size, D]
 
-`lax.scan` walks over chunks of query blocks of all heads and samples in turn, so that temporaries are one chunk (on
-CPU two) and stay in cache. Text queries are one more kind of query block, whose list names the whole table. The
-backward pass recomputes the weights of a chunk from the saved log-sum-exp and adds into float32 dk and dv that the scan
-carries: one pass, five products, on transposed logits: one of the three products with weights needs them turned, not
-two. A batch or head axis split over devices belongs under jax.shard_map: the scan runs over both.
+`lax.scan` walks over chunks of query blocks of all heads and samples in turn, so that temporaries are one chunk (a
+few, where several cores share a CPU device) and stay in cache. Text queries are one more kind of query block, whose
+list names the whole table. The backward pass recomputes the weights of a chunk from the saved log-sum-exp and adds into
+float32 dk and dv that the scan carries: one pass, five products, on transposed logits: one of the three products with
+weights needs them turned, not two. A batch or head axis split over devices belongs under jax.shard_map: the scan runs
+over both.
 """
 
+import itertools
+import math
 from functools import partial
 
 import jax
@@ -20,11 +23,13 @@ from elasticdit_jax.types import Array
 
 _HIDDEN = -1e30
 
-# Logits in one chunk, and chunks in one step of the scan. On CPU, 4 blocks of 64 queries with 13 listed blocks (0.9 MB)
-# stay in the cache of a core, and XLA runs independent chunks on different cores; the small products within a chunk
-# hardly use a second one (4 chunks on 2 cores were no better). An accelerator needs enough logits at once to fill it.
-_CHUNK_LOGITS, _UNROLL = {"cpu": 215_000}, {"cpu": 2}
-_CHUNK_LOGITS_ACCELERATOR, _UNROLL_ACCELERATOR = 32_000_000, 1
+# Logits in one chunk, and chunks in one step of the scan. An accelerator needs enough logits at once to fill it. On
+# CPU, one core is fastest with what stays in its own cache: logits, keys and values of one block of 64 queries with 13
+# listed blocks are 0.6 MB. Several cores share the work of one device best where a step holds several independent
+# chunks of several blocks: waking a core costs as much as a small product.
+_ACCELERATOR = (32_000_000, 1)
+_CPU_ONE_CORE = (64_000, 1)
+_CPU = (215_000, 4)
 
 
 def sparse_attention_xla(
@@ -178,6 +183,13 @@ def _add_at(table, index, update):
   return table.at[index].add(update.reshape(index.shape[0], -1), mode="promise_in_bounds")
 
 
+def _chunking() -> tuple[int, int]:
+  """Logits in one chunk, and chunks in one step of the scan."""
+  if jax.default_backend() != "cpu":
+    return _ACCELERATOR
+  return _CPU_ONE_CORE if placement.cores_per_device() == 1 else _CPU
+
+
 def _scan_chunks(step, carry, inputs, block_size):
   """lax.scan of step over chunks of the leading axis N of inputs = (queries, lists, ...).
 
@@ -186,14 +198,14 @@ def _scan_chunks(step, carry, inputs, block_size):
   """
   q, index = inputs[:2]
   count = q.shape[0]
-  backend = jax.default_backend()
-  budget = _CHUNK_LOGITS.get(backend, _CHUNK_LOGITS_ACCELERATOR)
-  size = max(1, budget // (q.shape[1] * index.shape[1] * block_size))
+  most_logits, unroll = _chunking()
+  size = max(1, most_logits // (q.shape[1] * index.shape[1] * block_size))
   if size >= count:
     return step(carry, inputs)
-  unroll = min(-(-count // size), _UNROLL.get(backend, _UNROLL_ACCELERATOR))
-  # Down to half of that size, the one that leaves the fewest entries to fill up.
-  size = min(range(size, size // 2, -1), key=lambda size: -count % (size * unroll))
+  unroll = min(-(-count // size), unroll)
+  # Down to half of either, the ones that leave the fewest entries to fill up.
+  choices = itertools.product(range(size, size // 2, -1), range(unroll, unroll // 2, -1))
+  size, unroll = min(choices, key=lambda choice: -count % math.prod(choice))
   steps = -(-count // (size * unroll)) * unroll
 
   def split(x):

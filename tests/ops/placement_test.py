@@ -1,6 +1,8 @@
 """Attention under a mesh: every device its own samples and heads, and what is said where that cannot be."""
 
+import os
 from functools import partial
+from unittest import mock
 
 import jax
 import numpy as np
@@ -20,6 +22,12 @@ class PlacementTest(absltest.TestCase):
       self.assertEqual(placement.platform(), "tpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((2,), ("data",))):
       self.assertEqual(placement.platform(), jax.default_backend())
+
+  def test_cores_are_those_that_this_process_may_use_shared_by_its_cpu_devices(self):
+    devices = jax.local_device_count("cpu")
+    for cores, each in ((1, 1), (2 * devices, 2), (4 * devices + devices - 1, 4)):
+      with mock.patch.object(os, "sched_getaffinity", return_value=set(range(cores)), create=True):
+        self.assertEqual(placement.cores_per_device(), each)
 
   def test_one_device_means_alone_or_split_by_hand(self):
     found = {}

@@ -9,7 +9,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from elasticdit_jax.evals import flops
-from elasticdit_jax.ops import blocks, gating, sparse_attention_xla
+from elasticdit_jax.ops import blocks, gating, placement, sparse_attention_xla
 from elasticdit_jax.ops.attention import dense_attention
 from elasticdit_jax.ops.sparse_attention import sparse_attention
 from elasticdit_jax.ops.sparse_attention_reference import dense_mask
@@ -118,11 +118,22 @@ class ImplementationTest(parameterized.TestCase):
 
 
 class ChunksTest(parameterized.TestCase):
-  @parameterized.parameters((1, (4, 4, 2, 2), 2), (700, (5, 7, 2, 3), 2), (160, (5, 5, 2, 3), 1))
-  def test_any_chunk_size_gives_the_same(self, chunk, shape, count):
+  @parameterized.parameters((1, 1, (4, 4, 2, 2), 2), (700, 2, (5, 7, 2, 3), 2), (160, 2, (5, 5, 2, 3), 1))
+  def test_any_chunk_size_gives_the_same(self, chunk, unroll, shape, count):
     """The last one has nine query blocks in chunks of two, so that one chunk is padding."""
-    with mock.patch.dict(sparse_attention_xla._CHUNK_LOGITS, {jax.default_backend(): chunk}):
+    with mock.patch.object(sparse_attention_xla, "_chunking", return_value=(chunk, unroll)):
       compare(self, make_case(*shape, batch=count, heads=count), "xla")
+
+  def test_a_core_of_its_own_takes_a_block_at_a_time(self):
+    """The temporaries show it: those of a step are the logits, keys and values of a chunk, times the chunks in it."""
+    qkv, kept, options, weight = make_case(64, 64, 8, 11, dim=64, heads=1, batch=1)
+    sizes = []
+    for cores in (1, 2):
+      with mock.patch.object(placement, "cores_per_device", return_value=cores):
+        run = jax.jit(lambda *qkv: sparse_attention(*qkv, kept, implementation="xla", **options))
+        sizes.append(run.lower(*qkv).compile().memory_analysis().temp_size_in_bytes)
+    if jax.default_backend() == "cpu":
+      self.assertLess(sizes[0], sizes[1] - 2**21)
 
 
 class ScaleTest(parameterized.TestCase):
