@@ -6,6 +6,9 @@ import jax.numpy as jnp
 from elasticdit_jax.ops import placement
 from elasticdit_jax.types import Array
 
+# On CPU: logits of a head above which they are made and used by so many queries at a time.
+_MANY_LOGITS, _QUERIES = 4_000_000, 128
+
 
 def dense_attention(
   q: Array,
@@ -58,20 +61,58 @@ def dense_attention(
 def _head_major_attention(q: Array, k: Array, v: Array, mask: Array | None, scale: float) -> jax.Array:
   """jax.nn.dot_product_attention in a form that XLA on CPU runs, with its gradient, in half the time.
 
-  Heads go before tokens once, so that products need no transposed copies of [T, T] arrays; rows are divided by their
-  sums after the product with v, where they are short.
+  Heads go before tokens once, so that products need no transposed copies of [T, T] arrays.
   """
-  wide = jnp.promote_types(q.dtype, jnp.float32)
   dtype, q = q.dtype, q * jnp.asarray(scale, q.dtype)
   q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-  logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=wide)
+  attend = _in_parts if q.shape[2] * k.shape[2] > _MANY_LOGITS else _weigh
+  return attend(q, k, v, mask).astype(dtype).swapaxes(1, 2)
+
+
+def _weigh(q: Array, k: Array, v: Array, mask: Array | None) -> jax.Array:
+  """softmax(q k^T) v of [..., T, D]; mask broadcasts to the logits. Rows are divided by their sums at the end."""
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+  logits = jnp.einsum("...qd,...kd->...qk", q, k, preferred_element_type=wide)
   if mask is not None:
     # Added, not selected: masks are small where they say the same of every query. A logit is lost in the number.
     logits += jnp.where(mask, 0, jnp.finfo(wide).min / 2)
   # A row's largest logit only keeps exp within range: the result does not depend on it.
   weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-  out = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), v, preferred_element_type=wide)
-  return (out / weights.sum(-1, keepdims=True)).astype(dtype).swapaxes(1, 2)
+  out = jnp.einsum("...qk,...kd->...qd", weights.astype(v.dtype), v, preferred_element_type=wide)
+  return out / weights.sum(-1, keepdims=True)
+
+
+def _in_parts(q: Array, k: Array, v: Array, mask: Array | None) -> jax.Array:
+  """`_weigh` of [B, heads, T, D], one head and _QUERIES at a time, in the backward pass once more.
+
+  Logits of all heads at once, 1 GB per head at 16384 tokens, neither stay in a cache nor fit into memory.
+  """
+  heads, count, dim = q.shape[1:]
+  whole = count - count % _QUERIES
+  one = jax.checkpoint(lambda q, seen, k, v: _weigh(q, k, v, seen), prevent_cse=False)
+
+  def cut(x):
+    return x[:, :whole].reshape(-1, 1, _QUERIES, x.shape[-1])
+
+  # The axis of size 1 keeps these products of activations: evals/flops.py tells them from weights by it.
+  def head(inputs):
+    number, q, k, v = inputs
+    if mask is None:
+      seen = None
+    else:
+      seen = mask[number // heads % mask.shape[0], number % heads % mask.shape[1]][None]
+    own = seen is not None and seen.shape[1] > 1  # what each query sees
+    if own:
+      out = jax.lax.map(lambda part: one(*part, k, v), (cut(q), cut(seen)))
+    else:
+      out = jax.lax.map(lambda part: one(part, seen, k, v), cut(q))
+    out = out.reshape(1, whole, dim)
+    if whole == count:
+      return out
+    return jnp.concatenate([out, one(q[:, whole:], seen[:, whole:] if own else seen, k, v)], axis=1)
+
+  flat = [x.reshape(-1, 1, *x.shape[2:]) for x in (q, k, v)]
+  return jax.lax.map(head, (jnp.arange(len(flat[0])), *flat)).reshape(q.shape)
 
 
 def check_qkv(q: Array, k: Array, v: Array, text_len: int, text_mask: Array | None) -> None:

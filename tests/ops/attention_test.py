@@ -5,8 +5,9 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 
+from elasticdit_jax.evals import flops
 from elasticdit_jax.ops import attention, placement
 
 
@@ -15,7 +16,7 @@ def inputs(text_len=3, image=6, dtype=jnp.float32):
   return tuple(jax.random.normal(k, (2, text_len + image, 2, 4), dtype) for k in keys)
 
 
-class DenseAttentionTest(absltest.TestCase):
+class DenseAttentionTest(parameterized.TestCase):
   def test_equals_plain_softmax(self):
     q, k, v = inputs()
     weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * 0.5, axis=-1)
@@ -69,11 +70,38 @@ class DenseAttentionTest(absltest.TestCase):
 
       differentiated = jax.value_and_grad(value, (0, 1, 2), has_aux=True)
       here = differentiated(*inputs(dtype=dtype))
+      with mock.patch.multiple(attention, _MANY_LOGITS=80, _QUERIES=4):
+        in_parts = differentiated(*inputs(dtype=dtype))
       with mock.patch.object(placement, "platform", return_value="gpu"):
         elsewhere = differentiated(*inputs(dtype=dtype))
-      for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(elsewhere), strict=True):
-        self.assertEqual(a.dtype, b.dtype)
-        np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), atol=tolerance)
+      for found in (here, in_parts):
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(elsewhere), strict=True):
+          self.assertEqual(a.dtype, b.dtype)
+          np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), atol=tolerance)
+
+  @parameterized.parameters(True, False)
+  def test_many_tokens_take_one_head_and_some_queries_at_a_time(self, text_queries):
+    """The same as all at once, and memory for the logits of a few rows, with the gradient too."""
+    mask = jnp.array([[True, True, False], [False, True, False]])
+    q, k, v = inputs()
+    q = q if text_queries else q[:, 3:]
+
+    def value(q, k, v):
+      out = attention.dense_attention(q, k, v, 3, mask, text_queries=text_queries)
+      return jnp.sum(jnp.sin(out)), out
+
+    expected = jax.value_and_grad(value, (0, 1, 2), has_aux=True)(q, k, v)
+    with mock.patch.multiple(attention, _MANY_LOGITS=50, _QUERIES=2):
+      work = [flops.count_flops(lambda *qkv: value(*qkv)[1], q, k, v, attention=several) for several in (True, False)]
+      found = jax.value_and_grad(value, (0, 1, 2), has_aux=True)(q, k, v)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+      np.testing.assert_allclose(a, b, atol=2e-6)
+    self.assertEqual(work, [2 * 2 * 2 * q.shape[1] * 9 * 2 * 4, 0])
+    if jax.default_backend() == "cpu":
+      long = jax.ShapeDtypeStruct((2, 4096, 4, 16), jnp.float32)
+      loss = jax.grad(lambda q, k, v: jnp.sum(attention.dense_attention(q, k, v, 0)), (0, 1, 2))
+      memory = jax.jit(loss).lower(long, long, long).compile().memory_analysis()
+      self.assertLess(memory.temp_size_in_bytes, 4 * 4096**2)  # the logits of one of eight heads
 
   def test_scale_and_dtype(self):
     q, k, v = inputs(dtype=jnp.bfloat16)
