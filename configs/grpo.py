@@ -56,8 +56,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.objective = ConfigDict(
     {"name": "grpo", "updates": 2, "clip": 1e-4, "kl": 0.0, "guidance": 1.0, "divergence": "v"}
   )
-  config.objective.update({"guard": False, "spread": "group"})
-  config.objective.update({"strength": 1.0, "lag": 0.0})
+  config.objective.update({"spread": "group", "strength": 1.0, "lag": 0.0})
   config.lora = ConfigDict({"rank": 32 if args.lora else 0, "alpha": 64.0})
   config.optimizer = common.adamw(learning_rate=2e-4, warmup_steps=0, decay_fraction=0.0, weight_decay=0.0)
   for field in ("warmup_steps", "decay_fraction"):  # the rate is constant
@@ -89,7 +88,7 @@ def _variant(config: ConfigDict, name: str) -> None:
     config.rollout.update({"noise": "cps", "level": 0.8})
     config.objective.clip = 1e-5
   elif name == "guard":
-    config.objective.update({"guard": True, "clip": 2e-6})
+    config.objective.update({"name": "grpo-guard", "clip": 2e-6})
   elif name == "nft":
     config.rollout.update({"noise": "ode", "window": 2})
     config.objective.update({"name": "nft", "updates": 1, "kl": 1.0, "guidance": 1.4})

@@ -26,7 +26,12 @@ from elasticdit_jax.train.rollout import Plan
 from elasticdit_jax.train.step import FlowConfig
 from elasticdit_jax.train.watch import Limits
 
-_RULES = {"grpo": tuple(stochastic.RULES), "nft": ("ode", *stochastic.RULES)}
+# Steps of "cps" have a distance in place of a density, of which GRPO-Guard needs the scale.
+_RULES = {
+  "grpo": tuple(stochastic.RULES),
+  "grpo-guard": tuple(rule for rule in stochastic.RULES if rule != "cps"),
+  "nft": ("ode", *stochastic.RULES),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,8 +225,7 @@ def _check(config: Any) -> None:
       "1 where rollout.guidance is not, because the reference is then guided like the sampler",
     ),
     ("objective.divergence", o.divergence in losses.DIVERGENCES, f"one of {', '.join(losses.DIVERGENCES)}"),
-    ("objective.divergence", o.name == "grpo" or o.divergence == "v", "'v' for nft, which has no steps"),
-    ("objective.guard", not o.guard or o.name == "grpo" and r.noise != "cps", "False where steps have no density"),
+    ("objective.divergence", o.name != "nft" or o.divergence == "v", "'v' for nft, which has no steps"),
     ("objective.spread", o.spread in losses.SPREADS, f"one of {', '.join(losses.SPREADS)}"),
     ("objective.strength", 0 < o.strength < math.inf, "a positive number"),
     ("objective.lag", 0 <= o.lag < 1, "a share of at least 0, below 1"),

@@ -19,7 +19,7 @@ from elasticdit_jax.flow import stochastic
 from elasticdit_jax.flow.path import predict_x0
 from elasticdit_jax.types import Array, Text
 
-OBJECTIVES = ("grpo", "nft")
+OBJECTIVES = ("grpo", "grpo-guard", "nft")
 DIVERGENCES = ("x", "v")
 SPREADS = ("group", "epoch")
 MOST = 5.0
@@ -32,14 +32,14 @@ class Objective:
   """What to minimise; hashable, a static argument of the update.
 
   Attributes:
-    name: one of OBJECTIVES.
-    clip: half width of the range of ratios that are trained, for "grpo".
+    name: one of OBJECTIVES. "grpo-guard" is GRPO-Guard (arXiv 2510.22319): ratios centred and scaled alike at every
+      step, steps weighted by 1 / -dt.
+    clip: half width of the range of ratios that are trained; "nft" has none.
     kl: weight of the divergence from the reference; 0 leaves the reference out of the program.
     guidance: scale of classifier-free guidance of that reference, where velocities in training have none; 1: guided as
       they are. The divergence then pulls towards the guided velocity: what guidance does moves into the weights, as far
       as `kl` weighs it, at the price of the loss that those weights were trained on, and one more pass through them.
     divergence: "x", of the means of the steps (Flow-GRPO's; late steps count most), or "v", of the velocities.
-    guard: GRPO-Guard (arXiv 2510.22319): ratios centred and scaled alike at every step, steps weighted by 1 / -dt.
     strength: b of DiffusionNFT, how far its two velocities are apart.
     lag: most of itself that the average that draws keeps from one epoch to the next, for "nft"; see Policy.move_old. 0:
       the weights in training draw, and their own velocities stand for those before an epoch's first update, which saves
@@ -51,7 +51,6 @@ class Objective:
   kl: float = 0.0
   guidance: float = 1.0
   divergence: str = "x"
-  guard: bool = False
   strength: float = 1.0
   lag: float = 0.0
 
@@ -63,7 +62,7 @@ class Moments:
 
   Attributes:
     x: where the velocity is asked for, float32 [M, h, w, C].
-    goal: "grpo": where the sampler went from there; "nft": the finished latents. Shape of x.
+    goal: where the sampler went from there; "nft": the finished latents. Shape of x.
     text: the prompts, M rows.
     advantage: float32 [M].
     weight: float32 [M]; the loss is the weighted sum over rows.
@@ -114,7 +113,7 @@ def loss(
     (scalar, weighted sums by name). With weights that sum to 1 the sums are means.
   """
   v = v.astype(jnp.float32)
-  per_row, metrics = (_clipped if objective.name == "grpo" else _contrast)(objective, v, v_old, moments)
+  per_row, metrics = (_contrast if objective.name == "nft" else _clipped)(objective, v, v_old, moments)
   if v_reference is not None:
     kl = _divergence(objective, v, v_reference, moments)
     per_row, metrics["kl"] = per_row + objective.kl * kl, kl
@@ -129,14 +128,14 @@ def _clipped(
   row, advantage = moments.row, moments.advantage
   average, before = (stochastic.mean(moments.x, velocity, row) for velocity in (v, v_old))
   change = stochastic.log_prob(moments.goal, average, row) - stochastic.log_prob(moments.goal, before, row)
-  log_ratio = change
-  if objective.guard:
+  log_ratio, guard = change, objective.name == "grpo-guard"
+  if guard:
     # Under the old weights the expectation of `change` is minus this; the factor evens the variance out over steps.
     log_ratio = (change + row.precision * stochastic.squared_distance(average, before)) * row.std
   ratio = jnp.exp(log_ratio)
   low, high = 1 - objective.clip, 1 + objective.clip
   per_row = jnp.maximum(-advantage * ratio, -advantage * jnp.clip(ratio, low, high))
-  if objective.guard:
+  if guard:
     per_row = per_row / -row.dt
   outside = (ratio < low) | (ratio > high)
   return per_row, {

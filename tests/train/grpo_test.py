@@ -166,8 +166,11 @@ class GrpoTest(absltest.TestCase):
       "config.rollout.noise: expected one of sde, constant, cps, got 'ode'": {"rollout": {"noise": "ode"}},
       "config.rollout.level: expected noise above 0": {"rollout": {"level": 0.0}},
       "config.rollout.routes: route: unknown route 'max-f9'": {"rollout": {"routes": "max-f9"}},
-      "config.objective.guard": {"objective": {"guard": True}, "rollout": {"noise": "cps"}},
-      "config.objective.name: expected one of grpo, nft, got 'ppo'": {"objective": {"name": "ppo"}},
+      "config.rollout.noise: expected one of sde, constant, got 'cps'": {
+        "objective": {"name": "grpo-guard"},
+        "rollout": {"noise": "cps"},
+      },
+      "config.objective.name: expected one of grpo, grpo-guard, nft, got 'ppo'": {"objective": {"name": "ppo"}},
       "config.objective.guidance: expected 1 where objective.kl is 0": {"objective": {"guidance": 1.5, "kl": 0.0}},
       "config.objective.guidance: expected 1 where rollout.guidance is not": {
         "objective": {"guidance": 1.5, "kl": 1.0},

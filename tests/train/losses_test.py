@@ -101,7 +101,7 @@ class PolicyTest(parameterized.TestCase):
     bias = mean((average(m, v) - average(m, v_old)) ** 2) / (2 * TABLE.std**2)
     ratio = np.exp((change + bias) * TABLE.std)
     per_row = np.maximum(-m.advantage * ratio, -m.advantage * np.clip(ratio, 0.9, 1.1)) / -TABLE.dt
-    value, _ = losses.loss(losses.Objective(guard=True, clip=0.1), v, v_old, None, m)
+    value, _ = losses.loss(losses.Objective(name="grpo-guard", clip=0.1), v, v_old, None, m)
     np.testing.assert_allclose(value, per_row.sum(), rtol=1e-4)
 
   def test_guard_has_no_bias_under_the_old_weights(self):
@@ -118,7 +118,7 @@ class PolicyTest(parameterized.TestCase):
       stochastic.log_prob(goal, TABLE.v[1] * after, row) - stochastic.log_prob(goal, TABLE.v[1] * before, row)
     )
     np.testing.assert_allclose(drift, -shift, atol=0.2 * shift)
-    guarded, _ = losses.loss(losses.Objective(guard=True, clip=0.999), after, before, None, m)
+    guarded, _ = losses.loss(losses.Objective(name="grpo-guard", clip=0.999), after, before, None, m)
     np.testing.assert_allclose(-guarded * -TABLE.dt[1], 1.0, atol=0.01)
 
   @parameterized.parameters("x", "v")
