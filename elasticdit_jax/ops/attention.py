@@ -30,8 +30,8 @@ def dense_attention(
     text_len: how many of the T tokens are text; 0 for none.
     text_mask: bool [B, text_len], True where a text token is present; None where all are. A row without any is fine as
       long as there are image tokens.
-    image_mask: bool [B, heads or 1, T - text_len, T - text_len], which image tokens an image query sees besides all
-      text; None where it sees every one.
+    image_mask: bool [B, heads or 1, T or T - text_len, T - text_len], which image tokens a query sees besides all text;
+      without rows for them, text queries see every one. None where all do.
     text_queries: False where nobody reads the text rows: q then holds the image tokens alone, and so does the result.
     scale: head_dim ** -0.5 where None.
 
@@ -42,16 +42,14 @@ def dense_attention(
   Raises:
     ValueError: where shapes or dtypes disagree.
   """
-  missing = 0 if text_queries else text_len
-  whole = q.shape if q.ndim != 4 else (q.shape[0], q.shape[1] + missing, *q.shape[2:])
-  check_qkv(jax.ShapeDtypeStruct(whole, q.dtype), k, v, text_len, text_mask)
+  check_qkv(q, k, v, text_len, text_mask, text_queries)
   mask = None
   if text_mask is not None and text_len:
     image = jnp.ones((k.shape[0], k.shape[1] - text_len), bool)
     mask = jnp.concatenate([text_mask, image], axis=1)[:, None, None, :]
   if image_mask is not None:
-    pads = ((0, 0), (0, 0), (text_len - missing, 0), (text_len, 0))
-    seen = jnp.pad(image_mask, pads, constant_values=True)
+    rows = q.shape[1] - image_mask.shape[2]  # text queries that see every image token
+    seen = jnp.pad(image_mask, ((0, 0), (0, 0), (rows, 0), (text_len, 0)), constant_values=True)
     mask = seen if mask is None else mask & seen
   if placement.platform() == "cpu":
     return _head_major_attention(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
@@ -115,17 +113,20 @@ def _in_parts(q: Array, k: Array, v: Array, mask: Array | None) -> jax.Array:
   return jax.lax.map(head, (jnp.arange(len(flat[0])), *flat)).reshape(q.shape)
 
 
-def check_qkv(q: Array, k: Array, v: Array, text_len: int, text_mask: Array | None) -> None:
+def check_qkv(q: Array, k: Array, v: Array, text_len: int, text_mask: Array | None, text_queries: bool = True) -> None:
   """Raises ValueError, naming the argument, where joint attention inputs do not fit together."""
   if q.ndim != 4:
     raise ValueError(f"q: expected [B, T, heads, head_dim], got shape {q.shape}")
+  tokens = q.shape[1] + (0 if text_queries else text_len)
+  shape = (q.shape[0], tokens, *q.shape[2:])
   for name, x in (("k", k), ("v", v)):
-    if x.shape != q.shape:
-      raise ValueError(f"{name}: expected shape {q.shape} like q, got {x.shape}")
+    if x.shape != shape:
+      more = "" if text_queries else f" with {text_len} tokens of text"
+      raise ValueError(f"{name}: expected shape {shape} like q{more}, got {x.shape}")
     if x.dtype != q.dtype:
       raise ValueError(f"{name}: expected dtype {q.dtype} like q, got {x.dtype}; cast it first")
-  if not 0 <= text_len <= q.shape[1]:
-    raise ValueError(f"text_len: expected 0..{q.shape[1]}, the number of tokens in q, got {text_len}")
+  if not 0 <= text_len <= tokens:
+    raise ValueError(f"text_len: expected 0..{tokens}, the number of tokens in q, got {text_len}")
   if text_mask is not None:
     expected = (q.shape[0], text_len)
     if text_mask.shape != expected or text_mask.dtype != jnp.bool_:

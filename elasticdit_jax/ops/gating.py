@@ -42,24 +42,26 @@ def select_blocks(
   Ties go to the lower index. No gradient flows: the selection is piecewise constant.
 
   Args:
-    q_blocks: pooled queries [B, Tb, heads, head_dim], see blocks.pool.
-    k_blocks: pooled keys, shape of q_blocks.
+    q_blocks: pooled queries [B, Tq, heads, head_dim], see blocks.pool: those of the Tb image blocks, or of anything
+      else that is to read some image blocks only.
+    k_blocks: pooled keys [B, Tb, heads, head_dim].
     num_kept: static list length, 1..Tb.
     per_head: one list for every head; otherwise all heads share one, made from the affinity over all channels.
-    force_self: a block always keeps itself (within num_kept).
+    force_self: a block always keeps itself (within num_kept); for Tq = Tb.
     block_mask: bool [B or 1, Tb], False for key blocks of padding only (blocks.block_mask). They are never listed as
       long as a sample has num_kept others; where it has fewer, they fill the list and their tokens stay hidden by
       the key_mask of the attention.
 
   Returns:
-    kept: int32 [B, heads or 1, Tb, num_kept], every row ascending and without repeats.
+    kept: int32 [B, heads or 1, Tq, num_kept], every row ascending and without repeats.
 
   Raises:
     ValueError: where shapes disagree or num_kept is out of range.
   """
   affinity = _affinity(q_blocks, k_blocks, per_head, force_self, block_mask)
-  if not 1 <= num_kept <= q_blocks.shape[1]:
-    raise ValueError(f"num_kept: expected 1..{q_blocks.shape[1]} of {q_blocks.shape[1]} blocks, got {num_kept}")
+  blocks = k_blocks.shape[1]
+  if not 1 <= num_kept <= blocks:
+    raise ValueError(f"num_kept: expected 1..{blocks} of {blocks} blocks, got {num_kept}")
   _, kept = jax.lax.top_k(affinity, num_kept)
   return jnp.sort(kept.astype(jnp.int32), axis=-1)
 
@@ -81,7 +83,7 @@ def block_gate(
     num_kept: int [], 1..Tb; the others as in select_blocks.
 
   Returns:
-    bool [B, heads or 1, Tb, Tb]: which key blocks each query block keeps.
+    bool [B, heads or 1, Tq, Tb]: which key blocks each query block keeps.
   """
   affinity = _affinity(q_blocks, k_blocks, per_head, force_self, block_mask)
   _, order = jax.lax.top_k(affinity, affinity.shape[-1])
@@ -89,12 +91,16 @@ def block_gate(
 
 
 def _affinity(q_blocks, k_blocks, per_head: bool, force_self: bool, block_mask) -> jax.Array:
-  """float32 [B, heads or 1, Tb, Tb]: what the lists are ranked by."""
-  if q_blocks.ndim != 4 or q_blocks.shape != k_blocks.shape:
+  """float32 [B, heads or 1, Tq, Tb]: what the lists are ranked by."""
+  shapes = q_blocks.shape, k_blocks.shape
+  if q_blocks.ndim != 4 or k_blocks.ndim != 4 or len({(shape[0], *shape[2:]) for shape in shapes}) > 1:
     raise ValueError(
-      f"q_blocks, k_blocks: expected two arrays [B, Tb, heads, head_dim], got {q_blocks.shape} and {k_blocks.shape}"
+      f"q_blocks, k_blocks: expected arrays [B, blocks, heads, head_dim] that differ in blocks alone, got {shapes[0]} "
+      f"and {shapes[1]}"
     )
-  blocks = q_blocks.shape[1]
+  blocks = k_blocks.shape[1]
+  if force_self and q_blocks.shape[1] != blocks:
+    raise ValueError(f"force_self: expected as many query blocks as the {blocks} key blocks, got {q_blocks.shape[1]}")
   if block_mask is not None and block_mask.shape not in ((q_blocks.shape[0], blocks), (1, blocks)):
     raise ValueError(f"block_mask: expected [{q_blocks.shape[0]} or 1, {blocks}], got {block_mask.shape}")
   q, k = (jax.lax.stop_gradient(jnp.asarray(x, jnp.float32)) for x in (q_blocks, k_blocks))

@@ -30,14 +30,16 @@ def backward(plan: Plan, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
   Args:
     plan: the sizes.
     inputs: those of forward without biases, with hidden keys and values zero, and grad, log_total, delta and their
-      text_ namesakes where the plan has text. delta is the sum over channels of grad * out.
+      text_ namesakes where the text has queries. delta is the sum over channels of grad * out.
 
   Returns:
-    dq, dk, dv and text_dq, text_dk, text_dv like their namesakes. Gradients of hidden keys mean nothing.
+    dq, dk, dv and, where there are such, text_dq, text_dk, text_dv like their namesakes. Gradients of hidden keys mean
+    nothing.
   """
   specs = Specs(plan, backward=True)
   names_in = list(inputs)
-  names_out = ["dq", "dk", "dv"] + (["text_dq", "text_dk", "text_dv"] if plan.text else [])
+  names_out = ["dq", "dk", "dv"] + (["text_dk", "text_dv"] if plan.text else [])
+  names_out += ["text_dq"] if plan.text_tiles else []
   sums = [f"{name}_sum" for name in names_out if not name.endswith("dq")]
   outs = pl.pallas_call(
     partial(_kernel, plan=plan, names=(*names_in, *names_out, *sums)),
@@ -62,9 +64,8 @@ def _kernel(*refs, plan: Plan, names: tuple[str, ...]) -> None:
   @pl.when(pl.program_id(2) == 0)
   def _():
     _clear(at, plan)
-    if plan.text:
-      for tile in range(plan.text // plan.text_tile):
-        _text_queries(at, tile, plan)
+    for tile in range(plan.text_tiles):
+      _text_queries(at, tile, plan)
 
   flip = plan.shared and plan.pack > 1
 

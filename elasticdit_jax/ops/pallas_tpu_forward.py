@@ -1,7 +1,7 @@
 """Forward TPU kernel of Shift Sparse Block Attention.
 
   per query block:   S = Q [text | kept blocks]^T  ->  one-shot softmax (the list length is static)  ->  O = P V
-  text queries:      once per heads, over all keys in chunks, with a running maximum
+  text queries:      if any, once per heads, over all keys in chunks, with a running maximum
 
 The kept blocks are slices of keys that are already in VMEM, concatenated as values: one wide product per query block.
 """
@@ -24,17 +24,17 @@ def forward(plan: Plan, inputs: dict[str, jax.Array], save: bool) -> dict[str, j
 
   Args:
     plan: the sizes.
-    inputs: q, k, v, lists and, where the plan has them, text_q, text_k, text_v, key_bias, text_bias, as
+    inputs: q, k, v, lists and, where the plan has them, text_k, text_v, text_q, key_bias, text_bias, as
       Specs.shapes describes them.
     save: also return what the backward pass needs.
 
   Returns:
-    out and text_out like q and text_q; with save also log_total and text_log_total, the logarithm to base 2 of the sum
-    of weights of every query.
+    out and text_out like q and text_q, where there is one; with save also log_total and text_log_total, the logarithm
+    to base 2 of the sum of weights of every query.
   """
   specs = Specs(plan, backward=False)
   names_in = list(inputs)
-  names_out = [name for name in ("out", "text_out", "log_total", "text_log_total") if plan.text or "text" not in name]
+  names_out = ["out", "log_total"] + (["text_out", "text_log_total"] if plan.text_tiles else [])
   if not save:
     names_out = [name for name in names_out if "log" not in name]
   dtype = inputs["q"].dtype
@@ -54,11 +54,11 @@ def forward(plan: Plan, inputs: dict[str, jax.Array], save: bool) -> dict[str, j
 
 def _kernel(*refs, plan: Plan, names: tuple[str, ...]) -> None:
   at = dict(zip(names, refs, strict=True))
-  if plan.text:
+  if plan.text_tiles:
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-      for tile in range(plan.text // plan.text_tile):
+      for tile in range(plan.text_tiles):
         _text_queries(at, tile, plan)
 
   def first(unit):

@@ -40,6 +40,7 @@ class Plan:
     text_bias: some text tokens are hidden, by a mask or as padding.
     scale: factor of the logits.
     itemsize: bytes of an element of q.
+    text_queries: the text has queries as well; else it is keys alone.
     interpret: run on any platform, slowly.
   """
 
@@ -57,6 +58,7 @@ class Plan:
   text_bias: bool
   scale: float
   itemsize: int
+  text_queries: bool = True
   interpret: bool = False
 
   @property
@@ -88,6 +90,11 @@ class Plan:
     return 2 * self.block if self.text % (2 * self.block) == 0 else self.block
 
   @property
+  def text_tiles(self) -> int:
+    """Times that text queries are handled; 0 where the text has none."""
+    return self.text // self.text_tile if self.text_queries else 0
+
+  @property
   def masked(self) -> bool:
     return self.key_bias or self.text_bias
 
@@ -111,7 +118,8 @@ class Plan:
 
   def cost(self, backward: bool) -> pl.CostEstimate:
     """Products, exponentials and HBM traffic of one call; backward counts five products for the two of forward."""
-    pairs = self.batch * self.heads * (self.image * self.listed + self.text * (self.text + self.image))
+    queries = self.text if self.text_queries else 0
+    pairs = self.batch * self.heads * (self.image * self.listed + queries * (self.text + self.image))
     tokens = self.batch * self.heads * (self.text + self.image) * self.head_dim * self.itemsize
     return pl.CostEstimate(
       flops=(10 if backward else 4) * pairs * self.head_dim,

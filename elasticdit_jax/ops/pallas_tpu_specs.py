@@ -68,7 +68,7 @@ class Specs:
       "keys": (plan.batch, plan.image, lanes),
       "text": (plan.batch, plan.text, lanes),
       "stats": (plan.batch, groups, plan.tiles, plan.tile, plan.pack * plan.block),
-      "text_stats": (plan.batch, groups, plan.text // plan.text_tile, plan.pack * plan.text_tile),
+      "text_stats": (plan.batch, groups, plan.text_tiles, plan.pack * plan.text_tile),
       "key_bias": (plan.batch, plan.blocks, plan.block),
       "text_bias": (plan.batch, 1, plan.text),
     }

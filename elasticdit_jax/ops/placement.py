@@ -91,20 +91,20 @@ def over_batch_and_heads(
   q: Array,
   k: Array,
   v: Array,
-  kept: Array,
+  lists: dict[str, Array | None],
   masks: dict[str, Array | None],
   *,
   batch_axes: Axes,
   head_axes: Axes,
 ) -> jax.Array:
-  """attend(q, k, v, kept, **masks) on every device's own samples and heads, under jax.shard_map: no communication.
+  """attend(q, k, v, **lists, **masks) on every device's own samples and heads, under jax.shard_map: no communication.
 
   Args:
     attend: the attention of the samples and heads that it is given.
     q: [B, T, heads, head_dim].
     k: like q.
     v: like q.
-    kept: [B, heads or 1, Tb, num_kept].
+    lists: arrays [B, heads or 1, ...], or None.
     masks: arrays [B, ...], or None.
     batch_axes: mesh axes over which B is split.
     head_axes: mesh axes over which heads are split.
@@ -119,16 +119,18 @@ def over_batch_and_heads(
   for name, axes, size in (("batch_axes", batch_axes, q.shape[0]), ("head_axes", head_axes, q.shape[2])):
     _check_axes(name, axes, size, mesh)
   tokens = PartitionSpec(batch_axes, None, head_axes, None)
-  lists = PartitionSpec(batch_axes, None if kept.shape[1] == 1 else head_axes, None, None)
-  given = {name: mask for name, mask in masks.items() if mask is not None}
+  given = {name: array for name, array in {**lists, **masks}.items() if array is not None}
+  specs = dict.fromkeys(given, PartitionSpec(batch_axes))
+  own = {name for name in given if name in lists and given[name].shape[1] > 1}
+  specs |= dict.fromkeys(own, PartitionSpec(batch_axes, head_axes))
   # Replication is not tracked: kernels do not declare it.
   split = jax.shard_map(
-    lambda q, k, v, kept, given: attend(q, k, v, kept, **{**dict.fromkeys(masks), **given}),
-    in_specs=(tokens, tokens, tokens, lists, dict.fromkeys(given, PartitionSpec(batch_axes))),
+    lambda q, k, v, given: attend(q, k, v, **{**dict.fromkeys((*lists, *masks)), **given}),
+    in_specs=(tokens, tokens, tokens, specs),
     out_specs=tokens,
     check_vma=False,
   )
-  return split(q, k, v, kept, given)
+  return split(q, k, v, given)
 
 
 def _check_axes(name: str, axes: Axes, size: int, mesh: jax.sharding.AbstractMesh) -> None:

@@ -14,6 +14,7 @@ from elasticdit_jax.ops import pallas_tpu_pieces, pallas_tpu_plan, placement
 from elasticdit_jax.ops.pallas_tpu_backward import backward
 from elasticdit_jax.ops.pallas_tpu_forward import forward
 from elasticdit_jax.ops.pallas_tpu_plan import Plan
+from elasticdit_jax.ops.sparse_attention_xla import sparse_attention_xla
 from elasticdit_jax.types import Array
 
 # Query blocks in one step of the grid, at most: more hide the fixed cost of a step and overlap better, but are longer
@@ -23,10 +24,10 @@ _LONG_LIST, _TILE_LONG = 2048, 4
 _LANES = 128
 
 
-def obstacle(q: Array, kept: Array, text_len: int, block_size: int) -> str | None:
-  """Why a TPU cannot run the kernels on arrays of these shapes; None where it can."""
-  plan = plan_of(q, kept, text_len, block_size)
-  return pallas_tpu_plan.obstacle(plan, jnp.dtype(q.dtype).name)
+def obstacle(k: Array, kept: Array, text_len: int, block_size: int) -> str | None:
+  """Why a TPU cannot run the kernels on keys and lists of these shapes; None where it can."""
+  plan = plan_of(k, kept, text_len, block_size)
+  return pallas_tpu_plan.obstacle(plan, jnp.dtype(k.dtype).name)
 
 
 def sparse_attention_pallas_tpu(
@@ -39,10 +40,13 @@ def sparse_attention_pallas_tpu(
   block_size: int,
   text_mask: Array | None,
   key_mask: Array | None,
+  text_queries: bool,
+  text_kept: Array | None,
   scale: float,
   interpret: bool = False,
 ) -> jax.Array:
-  """See sparse_attention.sparse_attention.
+  """See sparse_attention.sparse_attention. The kernels let text queries read everything; with lists of their own they
+  go through sparse_attention_xla: they are few.
 
   Args:
     interpret: run the kernels step by step on any platform, for tests; takes any block size and head dimension.
@@ -50,17 +54,25 @@ def sparse_attention_pallas_tpu(
   Raises:
     NotImplementedError: where `obstacle` names one, unless interpret.
   """
-  reason = None if interpret else obstacle(q, kept, text_len, block_size)
+  options = {"text_len": text_len, "block_size": block_size, "text_mask": text_mask, "key_mask": key_mask}
+  if text_kept is not None and text_queries and text_len:
+    text = sparse_attention_xla(
+      q[:, :text_len], k, v, None, **options, text_queries=True, text_kept=text_kept, scale=scale
+    )
+    options |= {"text_queries": False, "text_kept": None, "scale": scale, "interpret": interpret}
+    return jnp.concatenate([text, sparse_attention_pallas_tpu(q[:, text_len:], k, v, kept, **options)], axis=1)
+  reason = None if interpret else obstacle(k, kept, text_len, block_size)
   if reason:
     raise NotImplementedError(f"implementation='pallas_tpu': {reason}; use None or 'xla'")
   plan = plan_of(
-    q,
+    k,
     kept,
     text_len,
     block_size,
     scale=scale,
     key_bias=key_mask is not None,
     text_bias=text_mask is not None or text_len % block_size > 0,
+    text_queries=text_queries,
     interpret=interpret,
   )
   biases = {}
@@ -71,20 +83,23 @@ def sparse_attention_pallas_tpu(
     biases["text_bias"] = _bias(jnp.pad(mask, ((0, 0), (0, plan.text - text_len))))[:, None]
   # The backward kernel knows hidden keys by their being zero; the derivative of this line clears their gradients.
   k, v = (_cleared(x, text_len, text_mask, key_mask) for x in (k, v))
-  arrays = {name: _to_lanes(x[:, text_len:], plan, plan.image) for name, x in (("q", q), ("k", k), ("v", v))}
-  arrays["q"] = _pad(arrays["q"], 1, plan.tiles * plan.tile * plan.block)
+  text_q, image_q = jnp.split(q, [text_len if text_queries else 0], axis=1)
+  arrays = {"q": _to_lanes(image_q, plan, plan.tiles * plan.tile * plan.block)}
+  arrays |= {name: _to_lanes(x[:, text_len:], plan, plan.image) for name, x in (("k", k), ("v", v))}
   if text_len:
-    arrays |= {f"text_{n}": _to_lanes(x[:, :text_len], plan, plan.text) for n, x in (("q", q), ("k", k), ("v", v))}
+    arrays |= {f"text_{name}": _to_lanes(x[:, :text_len], plan, plan.text) for name, x in (("k", k), ("v", v))}
+  if plan.text_tiles:
+    arrays["text_q"] = _to_lanes(text_q, plan, plan.text)
   out = _attend(plan, arrays, {"lists": _lists(kept, plan)}, biases)
-  image = _from_lanes(out["out"], q.shape[1] - text_len, q)
-  if not text_len:
+  image = _from_lanes(out["out"], image_q.shape[1], q)
+  if not plan.text_tiles:
     return image
   return jnp.concatenate([_from_lanes(out["text_out"], text_len, q), image], axis=1)
 
 
-def plan_of(q: Array, kept: Array, text_len: int, block_size: int, scale: float = 1.0, **options) -> Plan:
-  """Sizes of the kernels for arrays of these shapes; options are further fields of Plan."""
-  batch, tokens, heads, head_dim = q.shape
+def plan_of(k: Array, kept: Array, text_len: int, block_size: int, scale: float = 1.0, **options) -> Plan:
+  """Sizes of the kernels for keys and lists of these shapes; options are further fields of Plan."""
+  batch, tokens, heads, head_dim = k.shape
   blocks = (tokens - text_len) // block_size
   text = -(-text_len // block_size) * block_size
   most = _TILE if text + kept.shape[3] * block_size <= _LONG_LIST else _TILE_LONG
@@ -100,7 +115,7 @@ def plan_of(q: Array, kept: Array, text_len: int, block_size: int, scale: float 
     text=text,
     tile=-(-blocks // -(-blocks // most)),
     scale=scale,
-    itemsize=jnp.dtype(q.dtype).itemsize,
+    itemsize=jnp.dtype(k.dtype).itemsize,
     **{"key_bias": False, "text_bias": False, **options},
   )
   pair = dataclasses.replace(alone, pack=2, heads=-(-heads // 2) * 2)
@@ -136,7 +151,7 @@ def _attend_bwd(plan, saved, grads):
   arrays, lists, outs, stats = saved
   inputs = {**lists, **arrays, "grad": grads["out"], **stats}
   inputs["delta"] = _delta(grads["out"], outs["out"], plan.block, plan).reshape(stats["log_total"].shape)
-  if plan.text:
+  if plan.text_tiles:
     inputs["text_grad"] = grads["text_out"]
     inputs["text_delta"] = _delta(grads["text_out"], outs["text_out"], plan.text_tile, plan)
   results = backward(plan, inputs)

@@ -5,10 +5,10 @@
 
 `lax.scan` walks over chunks of query blocks of all heads and samples in turn, so that temporaries are one chunk (a
 few, where several cores share a CPU device) and stay in cache. Text queries are one more kind of query block, whose
-list names the whole table. The backward pass recomputes the weights of a chunk from the saved log-sum-exp and adds into
-float32 dk and dv that the scan carries: one pass, five products, on transposed logits: one of the three products with
-weights needs them turned, not two. A batch or head axis split over devices belongs under jax.shard_map: the scan runs
-over both.
+list names the whole table where they read everything. The backward pass recomputes the weights of a chunk from the
+saved log-sum-exp and adds into float32 dk and dv that the scan carries: one pass, five products, on transposed logits:
+one of the three products with weights needs them turned, not two. A batch or head axis split over devices belongs under
+jax.shard_map: the scan runs over both.
 """
 
 import itertools
@@ -36,37 +36,39 @@ def sparse_attention_xla(
   q: Array,
   k: Array,
   v: Array,
-  kept: Array,
+  kept: Array | None,
   *,
   text_len: int,
   block_size: int,
   text_mask: Array | None,
   key_mask: Array | None,
+  text_queries: bool,
+  text_kept: Array | None,
   scale: float,
 ) -> jax.Array:
-  """See sparse_attention.sparse_attention."""
+  """See sparse_attention.sparse_attention. With `kept` of None there are no image queries: q holds the text alone."""
   if scale <= 0:  # Below, the largest logit is found before scaling.
     q, scale = q * scale, 1.0
-  batch, _, heads, dim = q.shape
+  batch, keys, heads, dim = k.shape
   text_blocks = -(-text_len // block_size)
-  blocks = kept.shape[2]
-  per_head = text_blocks + blocks
-  tables = [_to_table(x, text_len, block_size) for x in (q, k, v)]
-  valid = _valid_table(batch, heads, blocks, text_len, block_size, text_mask, key_mask)
+  per_head = text_blocks + (keys - text_len) // block_size
+  tables = [_to_table(x, text_len, block_size) for x in (k, v)]
+  valid = _valid_table(batch, heads, keys - text_len, text_len, block_size, text_mask, key_mask)
+  start = per_head * jnp.arange(batch * heads, dtype=jnp.int32)[:, None, None]
 
-  start = per_head * jnp.arange(batch * heads, dtype=jnp.int32)
-  image_lists = _image_lists(kept, heads, text_blocks) + start[:, None, None]
-  image_q = tables[0].reshape(batch * heads, per_head, block_size, dim)[:, text_blocks:]
-  queries = [image_q.reshape(-1, block_size, dim)]
-  lists = [image_lists.reshape(-1, image_lists.shape[-1])]
-  if text_len:
-    text_q = tables[0].reshape(batch * heads, per_head * block_size, dim)[:, :text_len]
-    queries.append(text_q)
-    lists.append(start[:, None] + jnp.arange(per_head, dtype=jnp.int32))
+  text_q, image_q = jnp.split(jnp.swapaxes(q, 1, 2), [text_len if text_queries else 0], axis=2)
+  queries, lists = [], []
+  if kept is not None:
+    queries.append(image_q.reshape(-1, block_size, dim))
+    lists.append(_with_text(kept, heads, text_blocks) + start)
+  if text_q.shape[2]:
+    everything = jnp.arange(per_head, dtype=jnp.int32)
+    queries.append(text_q.reshape(-1, text_len, dim))
+    lists.append((everything if text_kept is None else _with_text(text_kept, heads, text_blocks)) + start)
 
-  outs = _attend(scale, tuple(queries), tables[1], tables[2], tuple(lists), valid)
-  image = outs[0].reshape(batch, heads, blocks * block_size, dim)
-  joined = jnp.concatenate([outs[1].reshape(batch, heads, text_len, dim), image], axis=2) if text_len else image
+  lists = tuple(index.reshape(-1, index.shape[-1]) for index in lists)
+  outs = _attend(scale, tuple(queries), *tables, lists, valid)
+  joined = jnp.concatenate([out.reshape(batch, heads, -1, dim) for out in reversed(outs)], axis=2)
   return jnp.swapaxes(joined, 1, 2)
 
 
@@ -80,23 +82,23 @@ def _to_table(x: Array, text_len: int, block_size: int) -> jax.Array:
   return x.reshape(-1, block_size, x.shape[-1])
 
 
-def _valid_table(batch, heads, blocks, text_len, block_size, text_mask, key_mask) -> jax.Array | None:
+def _valid_table(batch, heads, image_len, text_len, block_size, text_mask, key_mask) -> jax.Array | None:
   """bool [B * H * (text blocks + Tb), block_size] beside the key table; None where every key counts."""
   gap = -text_len % block_size
   if text_mask is None and key_mask is None and not gap:
     return None
   text = jnp.ones((batch, text_len), bool) if text_mask is None else text_mask
-  image = jnp.ones((batch, blocks * block_size), bool) if key_mask is None else key_mask
+  image = jnp.ones((batch, image_len), bool) if key_mask is None else key_mask
   row = jnp.concatenate([text, jnp.zeros((batch, gap), bool), image], axis=1)
   return jnp.repeat(row[:, None], heads, axis=1).reshape(-1, block_size)
 
 
-def _image_lists(kept: Array, heads: int, text_blocks: int) -> jax.Array:
-  """Text blocks in front of every list: int32 [B * heads, Tb, text blocks + num_kept], relative to the head's start."""
-  batch, _, blocks, count = kept.shape
-  image = jnp.broadcast_to(kept.astype(jnp.int32) + text_blocks, (batch, heads, blocks, count))
-  text = jnp.broadcast_to(jnp.arange(text_blocks, dtype=jnp.int32), (batch, heads, blocks, text_blocks))
-  return jnp.concatenate([text, image], axis=-1).reshape(batch * heads, blocks, -1)
+def _with_text(kept: Array, heads: int, text_blocks: int) -> jax.Array:
+  """Text blocks in front of every list: int32 [B * heads, rows, text blocks + n], relative to the head's start."""
+  batch, _, rows, count = kept.shape
+  image = jnp.broadcast_to(kept.astype(jnp.int32) + text_blocks, (batch, heads, rows, count))
+  text = jnp.broadcast_to(jnp.arange(text_blocks, dtype=jnp.int32), (batch, heads, rows, text_blocks))
+  return jnp.concatenate([text, image], axis=-1).reshape(batch * heads, rows, -1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -121,7 +121,7 @@ class DenseAttentionTest(parameterized.TestCase):
     ):
       with self.assertRaisesRegex(ValueError, message):
         attention.dense_attention(*args)
-    with self.assertRaisesRegex(ValueError, r"k: expected shape \(2, 12, 2, 4\) like q, got \(2, 9, 2, 4\)"):
+    with self.assertRaisesRegex(ValueError, r"k: expected shape \(2, 12, 2, 4\) like q with 3 tokens of text"):
       attention.dense_attention(q, k, v, 3, text_queries=False)
 
 

@@ -68,6 +68,14 @@ class GatingTest(parameterized.TestCase):
     gating.check_kept(kept, 6)
     self.assertTrue(np.isin([0, 1, 2, 3], kept[0, 0, 0]).all())
 
+  @parameterized.parameters(False, True)
+  def test_other_queries_than_those_of_the_blocks(self, per_head):
+    q, k = pooled()
+    expected = gating.select_blocks(q, k, 3, per_head=per_head)[:, :, 2:3]
+    np.testing.assert_array_equal(gating.select_blocks(q[:, 2:3], k, 3, per_head=per_head), expected)
+    gate = gating.block_gate(q[:, 2:3], k, 3, per_head=per_head)
+    np.testing.assert_array_equal(gate, (expected[..., None] == np.arange(6)).any(-2))
+
   def test_ties_go_to_the_lower_index(self):
     q = jnp.ones((1, 4, 1, 2))
     np.testing.assert_array_equal(gating.select_blocks(q, q, 2)[0, 0], [[0, 1]] * 4)
@@ -106,7 +114,8 @@ class GatingTest(parameterized.TestCase):
     for message, call in (
       (r"num_kept: expected 1..6 of 6 blocks, got 0", lambda: gating.select_blocks(q, k, 0)),
       (r"num_kept: expected 1..6 of 6 blocks, got 7", lambda: gating.select_blocks(q, k, 7)),
-      (r"q_blocks, k_blocks: expected two arrays", lambda: gating.select_blocks(q, k[:, 1:], 2)),
+      (r"q_blocks, k_blocks: expected arrays .* \(2, 6, 2, 4\)$", lambda: gating.select_blocks(q, k[:, :, 1:], 2)),
+      (r"force_self: .* the 5 key blocks, got 6", lambda: gating.select_blocks(q, k[:, 1:], 2, force_self=True)),
       (r"block_mask: expected \[2 or 1, 6\]", lambda: gating.select_blocks(q, k, 2, block_mask=jnp.ones((2, 5), bool))),
       (r"sparsity: expected a share of dropped blocks in \[0, 1\), got 1.0", lambda: gating.num_kept(4, 1.0)),
       (r"num_blocks: expected at least 1", lambda: gating.num_kept(0, 0.5)),

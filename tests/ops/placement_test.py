@@ -6,7 +6,7 @@ from unittest import mock
 
 import jax
 import numpy as np
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 
 from elasticdit_jax.ops import placement
@@ -14,7 +14,7 @@ from elasticdit_jax.ops.sparse_attention import sparse_attention
 from tests.ops.sparse_attention_test import make_case
 
 
-class PlacementTest(absltest.TestCase):
+class PlacementTest(parameterized.TestCase):
   def test_the_platform_is_that_of_the_mesh_else_the_default_backend(self):
     self.assertEqual(placement.platform(), jax.default_backend())
     device = AbstractDevice(device_kind="TPU v5", num_cores=1, platform="tpu")
@@ -51,8 +51,9 @@ class PlacementTest(absltest.TestCase):
     with jax.sharding.use_abstract_mesh(AbstractMesh((1, 1), ("data", "model"))):
       self.assertTrue(placement.on_one_device())
 
-  def test_split_over_a_mesh_is_the_same(self):
-    qkv, kept, options, _ = make_case(4, 4, 2, 2)
+  @parameterized.parameters("full", "sparse", "skipped")
+  def test_split_over_a_mesh_is_the_same(self, text):
+    qkv, kept, options, _ = make_case(4, 4, 2, 2, per_head=text == "sparse", text=text)
     expected = sparse_attention(*qkv, kept, **options)
     devices = np.array(jax.devices()[:1]).reshape(1, 1)
     with jax.set_mesh(jax.sharding.Mesh(devices, ("data", "model"))):

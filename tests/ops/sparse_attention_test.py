@@ -21,8 +21,13 @@ TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 3e-2}
 ONCE = {"xla_backend_optimization_level": 0}
 
 
-def make_case(height, width, side, count, *, batch=2, heads=2, dim=8, text_len=5, per_head=False, dtype=jnp.float32):
-  """Inputs as a model makes them: raster tokens, cut into blocks, pooled, selected; sample 0 has less text."""
+def make_case(
+  height, width, side, count, *, batch=2, heads=2, dim=8, text_len=5, per_head=False, dtype=jnp.float32, text="full"
+):
+  """Inputs as a model makes them: raster tokens, cut into blocks, pooled, selected; sample 0 has less text.
+
+  text: "full", "skipped" or "sparse", what its queries do.
+  """
   grid = blocks.BlockGrid(height, width, side, side // 2)
   shape = (batch, text_len + height * width, heads, dim)
   rng = np.random.default_rng(height * 100 + width)
@@ -38,7 +43,13 @@ def make_case(height, width, side, count, *, batch=2, heads=2, dim=8, text_len=5
   text_mask = np.arange(text_len)[None] < np.array([max(text_len - 3, 0)] + [text_len] * (batch - 1))[:, None]
   options = {"text_len": text_len, "block_size": grid.block_size, "key_mask": key_mask}
   options["text_mask"] = text_mask if text_len else None
-  return qkv, kept, options, rng.normal(size=qkv[0].shape).astype(np.float32)
+  weight = rng.normal(size=qkv[0].shape).astype(np.float32)
+  if text == "sparse":
+    options["text_kept"] = kept[:, :, 1:2, : max(1, count - 1)]
+  elif text == "skipped":
+    options["text_queries"] = False
+    qkv[0], weight = qkv[0][:, text_len:], weight[:, text_len:]
+  return qkv, kept, options, weight
 
 
 def compiled(kept, options, weight, implementation):
@@ -83,6 +94,9 @@ class ImplementationTest(parameterized.TestCase):
     ("no_text", (4, 8, 2, 3), {"text_len": 0}),
     ("per_head", (4, 8, 2, 3), {"per_head": True, "heads": 3}),
     ("odd_grid", (5, 7, 2, 3), {}),
+    ("text_queries_skipped", (4, 8, 2, 3), {"text": "skipped"}),
+    ("text_queries_sparse_odd_grid", (5, 7, 2, 3), {"text": "sparse"}),
+    ("text_queries_sparse_per_head", (4, 4, 2, 2), {"text": "sparse", "per_head": True, "text_len": 8}),
     ("paper_block_odd_grid", (10, 17, 8, 3), {"batch": 1, "dim": 64}),
     ("bfloat16_odd_grid_wide_heads", (5, 6, 4, 2), {"dtype": jnp.bfloat16, "dim": 128, "batch": 3}),
   )
@@ -169,6 +183,19 @@ class ReferenceTest(parameterized.TestCase):
     expected = [[1, 0, 1, 1, 1, 0]] * 2 + [[1, 0, 0, 0, 1, 0]] * 2 + [[1, 0, 1, 1, 0, 0]] * 2
     np.testing.assert_array_equal(mask[0, 0], np.array(expected, bool))
 
+  def test_text_queries_by_hand(self):
+    """Of three blocks of two tokens the text, one token, reads the last; each image block reads itself."""
+    kept = jnp.array([[[[0], [1], [2]]]])
+    mask = dense_mask(kept, text_len=1, block_size=2, text_kept=jnp.array([[[[2]]]]))
+    expected = [[1, 0, 0, 0, 0, 1, 1]] + [[1, 1, 1, 0, 0, 0, 0]] * 2 + [[1, 0, 0, 1, 1, 0, 0]] * 2
+    np.testing.assert_array_equal(mask[0, 0], np.array(expected + [[1, 0, 0, 0, 0, 1, 1]] * 2, bool))
+
+  def test_without_text_queries_image_queries_have_the_same_numbers(self):
+    qkv, kept, options, weight = make_case(4, 8, 2, 3)
+    full = compiled(kept, options, weight, "reference")(*qkv)
+    alone = make_case(4, 8, 2, 3, text="skipped")
+    np.testing.assert_allclose(compiled(kept, *alone[2:], "reference")(*alone[0])[0], full[0][:, 5:], atol=1e-6)
+
   @parameterized.parameters(None, "reference", "xla")
   def test_nothing_dropped_is_dense_attention(self, implementation):
     qkv, kept, options, _ = make_case(4, 4, 2, 4)
@@ -184,6 +211,13 @@ class SparseAttentionTest(parameterized.TestCase):
       qkv, kept, options, weight = make_case(32, 32, 8, count, batch=1, dim=16, text_len=0)
       work.append(flops.count_flops(compiled(kept, options, weight, "xla"), *qkv))
     self.assertAlmostEqual(work[1] / work[0], 0.25, delta=0.02)
+
+  @parameterized.parameters(("full", 8 + 32), ("sparse", 8 + 2 * 4), ("skipped", 0))
+  def test_text_queries_cost_what_they_read(self, text, keys):
+    qkv, kept, options, _ = make_case(4, 8, 2, 3, text_len=8, text=text)
+    attend = lambda q, k, v: sparse_attention(q, k, v, kept, implementation="xla", **options)  # noqa: E731
+    pairs = 32 * (8 + 3 * 4) + 8 * keys
+    self.assertEqual(flops.count_flops(attend, *qkv), 2 * 2 * pairs * 2 * 2 * 8)  # batch, heads, channels; two products
 
   def test_memory_does_not_grow_with_the_square_of_the_tokens(self):
     def temporaries(side):
@@ -213,6 +247,9 @@ class SparseAttentionTest(parameterized.TestCase):
       (r"block_size: expected a divisor of the 16 image tokens .*got 3", (q, k, v, kept), {"block_size": 3}),
       (r"kept: expected \[2, 2 or 1, 4, 1..4\] for 4 blocks of 4 tokens", (q, k, v, kept[:, :, :3]), {}),
       (r"kept: expected integers, got float32", (q, k, v, kept.astype(jnp.float32)), {}),
+      (r"text_kept: expected \[2, 2 or 1, 1, 1..4\] for 4 blocks", (q, k, v, kept), {"text_kept": kept}),
+      (r"text_kept: expected integers", (q, k, v, kept), {"text_kept": kept[:, :, :1] * 1.0}),
+      (r"k: expected shape .* with 5 tokens of text, got", (q, k, v, kept), {"text_queries": False}),
       (r"key_mask: expected bool \[2 or 1, 16\]", (q, k, v, kept), {"key_mask": jnp.ones((2, 21), bool)}),
     ):
       with self.assertRaisesRegex(ValueError, message):
