@@ -23,6 +23,7 @@ class Sparsity(NamedTuple):
     block_side: tokens along one side of a block.
     layer: index in the full backbone; its parity decides the window shift: a block keeps its partition on every route.
     per_head, force_self: see ops.gating.select_blocks.
+    sparse_text: text queries read as many image blocks as a block of image queries does; else all.
   """
 
   ratio: float
@@ -31,6 +32,7 @@ class Sparsity(NamedTuple):
   layer: int
   per_head: bool = False
   force_self: bool = False
+  sparse_text: bool = False
 
   @property
   def cut(self) -> blocks.BlockGrid:
@@ -139,48 +141,62 @@ class JointAttention(nn.Module):
     if kept is None and not sparsity.dense:
       out = _sparse(text_qkv, image_qkv, text_mask, sparsity, *places)
     else:
-      image_mask = None if kept is None else _image_mask(*image_qkv[:2], sparsity, kept)
-      q, k, v = (b if a is None else jnp.concatenate([a, b], axis=1) for a, b in zip(text_qkv, image_qkv, strict=True))
-      text_queries = text_qkv[0] is not None
-      out = dense_attention(q, k, v, text.shape[1], text_mask, image_mask=image_mask, text_queries=text_queries)
+      image_mask = None if kept is None else _image_mask(text_qkv[0], *image_qkv[:2], text_mask, sparsity, kept)
+      options = {"image_mask": image_mask, "text_queries": text_qkv[0] is not None}
+      out = dense_attention(*_joined(text_qkv, image_qkv), text.shape[1], text_mask, **options)
     out = out.reshape(*out.shape[:2], -1)
     text_out, image_out = jnp.split(out, [out.shape[1] - image.shape[1]], axis=1)
     return image_out, text_out if self.text_output else None
 
 
 def _sparse(text_qkv, image_qkv, text_mask: jax.Array, sparsity: Sparsity, batch_axes, head_axes) -> jax.Array:
-  """Block-major order, selection, sparse attention, raster order: [B, L + T, heads, head_dim]."""
+  """Block-major order, selection, sparse attention, raster order: [B, L + T, heads, head_dim], or T without queries."""
   cut, text_len = sparsity.cut, text_mask.shape[1]
-  image_q, image_k, image_v = (blocks.to_blocks(x, cut) for x in image_qkv)
-  text_q, text_k, text_v = text_qkv
-  # Rows that nobody reads; the operation has none without.
-  text_q = jnp.zeros_like(text_k) if text_q is None else text_q
-  pairs = ((text_q, image_q), (text_k, image_k), (text_v, image_v))
-  q, k, v = (jnp.concatenate(pair, axis=1) for pair in pairs)
-  key_mask = _key_mask(cut)
-  kept = gating.select_blocks(
-    *_pooled(image_q, image_k, cut),
-    gating.num_kept(cut.num_blocks, sparsity.ratio),
-    per_head=sparsity.per_head,
-    force_self=sparsity.force_self,
+  image_qkv = [blocks.to_blocks(x, cut) for x in image_qkv]
+  count = gating.num_kept(cut.num_blocks, sparsity.ratio)
+  image_blocks, text_block = _pooled(text_qkv[0], *image_qkv[:2], text_mask, sparsity)
+  kept = gating.select_blocks(*image_blocks, count, per_head=sparsity.per_head, force_self=sparsity.force_self)
+  text_kept = text_block and gating.select_blocks(*text_block, count, per_head=sparsity.per_head)
+  out = sparse_attention(
+    *_joined(text_qkv, image_qkv),
+    kept,
+    text_len=text_len,
+    block_size=cut.block_size,
+    text_mask=text_mask,
+    key_mask=_key_mask(cut),
+    text_queries=text_qkv[0] is not None,
+    text_kept=text_kept,
+    batch_axes=batch_axes,
+    head_axes=head_axes,
   )
-  masks = {"text_mask": text_mask, "key_mask": key_mask}
-  places = {"batch_axes": batch_axes, "head_axes": head_axes}
-  out = sparse_attention(q, k, v, kept, text_len=text_len, block_size=cut.block_size, **masks, **places)
-  return blocks.from_blocks(out, cut, text_len)
+  return blocks.from_blocks(out, cut, 0 if text_qkv[0] is None else text_len)
 
 
-def _image_mask(q: jax.Array, k: jax.Array, sparsity: Sparsity, kept: jax.Array) -> jax.Array:
-  """bool [B, heads or 1, T, T] in raster order: what `_sparse` would let image queries see with `kept` blocks."""
+def _joined(text_qkv, image_qkv) -> tuple[jax.Array, ...]:
+  """Queries, keys and values of the text, where there are any, in front of those of the image."""
+  return tuple(b if a is None else jnp.concatenate([a, b], axis=1) for a, b in zip(text_qkv, image_qkv, strict=True))
+
+
+def _image_mask(text_q, q: jax.Array, k: jax.Array, text_mask: jax.Array, sparsity: Sparsity, kept) -> jax.Array:
+  """bool [B, heads or 1, T or L + T, T] in raster order: what `_sparse` would let queries see with `kept` blocks."""
   cut = sparsity.cut
-  pooled = _pooled(blocks.to_blocks(q, cut), blocks.to_blocks(k, cut), cut)
-  gate = gating.block_gate(*pooled, kept, per_head=sparsity.per_head, force_self=sparsity.force_self)
+  image_blocks, text_block = _pooled(text_q, *(blocks.to_blocks(x, cut) for x in (q, k)), text_mask, sparsity)
+  gate = gating.block_gate(*image_blocks, kept, per_head=sparsity.per_head, force_self=sparsity.force_self)
   block = cut.block_of()
-  return gate[:, :, block][..., block]
+  gate = gate[:, :, block]
+  if text_block:
+    text = gating.block_gate(*text_block, kept, per_head=sparsity.per_head)
+    gate = jnp.concatenate([jnp.repeat(text, text_q.shape[1], axis=2), gate], axis=2)
+  return gate[..., block]
 
 
-def _pooled(q: jax.Array, k: jax.Array, cut: blocks.BlockGrid) -> tuple[jax.Array, jax.Array]:
-  return tuple(blocks.pool(x, cut.block_size, _key_mask(cut)) for x in (q, k))
+def _pooled(text_q: jax.Array | None, q: jax.Array, k: jax.Array, text_mask: jax.Array, sparsity: Sparsity):
+  """Pooled queries and keys of the image blocks; and the present text as one block of queries, where it is sparse."""
+  cut = sparsity.cut
+  image_q, image_k = (blocks.pool(x, cut.block_size, _key_mask(cut)) for x in (q, k))
+  if not sparsity.sparse_text or text_q is None:
+    return (image_q, image_k), None
+  return (image_q, image_k), (blocks.pool(text_q, text_q.shape[1], text_mask), image_k)
 
 
 def _key_mask(cut: blocks.BlockGrid) -> jax.Array | None:

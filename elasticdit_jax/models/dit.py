@@ -45,6 +45,7 @@ class DiTConfig:
     block_side: tokens along one side of a sparse block: 8 in the paper; 2 where an image has an 8x8 token grid.
     per_head: sparse layers select key blocks for every head; the paper's one list serves all heads.
     force_self: in sparse layers, every block of queries keeps its own keys, within what it keeps.
+    sparse_text: in sparse layers, text queries read as many image blocks as others; in the paper's listing, all.
     rope_theta: base of the rotary frequencies, in units of 16 pixels.
     remat: "none", "full", or the name of a jax.checkpoint_policies policy (see REMAT), applied to every block.
     dtype: compute dtype of the blocks; parameters are always float32.
@@ -65,6 +66,7 @@ class DiTConfig:
   block_side: int = 8
   per_head: bool = False
   force_self: bool = False
+  sparse_text: bool = False
   rope_theta: float = 1000.0
   remat: str = "none"
   dtype: str = "float32"
@@ -76,7 +78,7 @@ class DiTConfig:
       value = getattr(self, field)
       if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"DiTConfig.{field}: expected a positive int, got {value!r}")
-    for field in ("per_head", "force_self"):
+    for field in ("per_head", "force_self", "sparse_text"):
       if not isinstance(getattr(self, field), bool):
         raise ValueError(f"DiTConfig.{field}: expected a bool, got {getattr(self, field)!r}")
     for field in ("mlp_ratio", "rope_theta"):
@@ -214,7 +216,7 @@ class ElasticDiT(nn.Module):
     image, words = image.astype(dtype), words.astype(dtype)
     # Parameters never depend on the route, not even on the one a model is initialised with.
     for i in range(cfg.depth) if self.is_initializing() else route.active:
-      sparsity = Sparsity(route.sparsity[i], grid, cfg.block_side, i, cfg.per_head, cfg.force_self)
+      sparsity = Sparsity(route.sparsity[i], grid, cfg.block_side, i, cfg.per_head, cfg.force_self, cfg.sparse_text)
       block = self._block_class()(cfg, text_output=i < cfg.depth - 1, name=f"block_{i:02d}")
       outputs = block(
         image, words, text_mask, modulation, table, sparsity, None if kept is None else jnp.asarray(kept)[i]
@@ -295,5 +297,4 @@ def init(cfg: DiTConfig, key: jax.Array) -> dict:
   x = jnp.zeros((1, 4 * cfg.patch, 4 * cfg.patch, cfg.latent_channels))
   text = jnp.zeros((1, cfg.text_length, cfg.text_dim))
   mask = jnp.ones((1, cfg.text_length), bool)
-  model = ElasticDiT(cfg)
-  return jax.jit(lambda k: model.init(k, x, jnp.zeros(1), text, mask, route=route)["params"])(key)
+  return jax.jit(lambda k: ElasticDiT(cfg).init(k, x, jnp.zeros(1), text, mask, route=route)["params"])(key)

@@ -82,7 +82,9 @@ class JointAttentionTest(parameterized.TestCase):
     self.assertNotIn("top_k", dense)
     self.assertIn("top_k", sparse)
 
-  @parameterized.parameters(((4, 4), {}), ((3, 5), {"per_head": True}), ((3, 5), {"force_self": True}))
+  @parameterized.parameters(
+    ((4, 4), {}), ((3, 5), {"per_head": True}), ((3, 5), {"force_self": True}), ((3, 5), {"sparse_text": True})
+  )
   def test_one_masked_program_has_the_numbers_of_every_list_length(self, grid, options):
     params, blocks = _params(grid), -(-grid[0] // 2) * -(-grid[1] // 2)
     masked = _program(grid, 0.0, 0, **options)
@@ -99,6 +101,17 @@ class JointAttentionTest(parameterized.TestCase):
     plain = _run((4, 4), 0.7)[0]
     for option in ("per_head", "force_self"):
       self.assertGreater(np.abs(_run((4, 4), 0.7, **{option: True})[0] - plain).max(), 1e-2)
+
+  def test_text_queries_see_the_blocks_nearest_to_the_present_text_where_told_to(self):
+    plain, sparse = (_run((3, 5), 0.7, sparse_text=option, per_head=True) for option in (False, True))
+    np.testing.assert_allclose(sparse[0], plain[0], atol=1e-5)
+    self.assertGreater(np.abs(sparse[1] - plain[1]).max(), 1e-2)
+    # Absent words have no say in which: sample 1 has one word.
+    image, text, mask = _inputs((3, 5))
+    text[1, 1:] = 50.0
+    program = _program((3, 5), 0.7, sparse_text=True, per_head=True)
+    other = program(_params((3, 5)), image, text, mask)[1]
+    np.testing.assert_allclose(other[1, 0], sparse[1][1, 0], atol=1e-5)
 
   @parameterized.parameters(0.0, 0.7)
   def test_without_text_output_only_its_queries_are_missing(self, ratio):
