@@ -11,19 +11,23 @@ import jax.numpy as jnp
 
 from elasticdit_jax.ops.attention import dense_attention
 
-# Query rows of one chunk on CPU, and logits of one on an accelerator, which needs more of them at once.
-_CHUNK_ROWS = 384
+# Query rows of one chunk on CPU: what suits most lengths, and fewer, which suits gradients of long sequences. An
+# accelerator needs more logits at once.
+_ROWS, _FEWER_ROWS = 384, 128
 _CHUNK_LOGITS_ACCELERATOR = 64_000_000
 
 
-def chunk_rows(tokens: int) -> int:
-  """Query rows of one chunk of `chunked`: a divisor of the number of tokens."""
-  budget = _CHUNK_ROWS if jax.default_backend() == "cpu" else _CHUNK_LOGITS_ACCELERATOR // tokens
-  most = max(64, min(tokens, budget))
+def chunk_rows(tokens: int, most: int | None = None) -> int:
+  """Query rows of one chunk of `chunked`: a divisor of the number of tokens, up to `most`."""
+  if most is None:
+    most = _ROWS if jax.default_backend() == "cpu" else _CHUNK_LOGITS_ACCELERATOR // tokens
+  most = max(64, min(tokens, most))
   return max(rows for rows in range(1, most + 1) if tokens % rows == 0)
 
 
-def chunked(q: jax.Array, k: jax.Array, v: jax.Array, *, upcast: bool = False) -> jax.Array:
+def chunked(
+  q: jax.Array, k: jax.Array, v: jax.Array, *, upcast: bool = False, most_rows: int | None = None
+) -> jax.Array:
   """Dense attention that never holds more logits than one chunk of rows, in both directions.
 
   lax.scan over chunks of queries of one head at a time; the backward pass recomputes the weights from the saved
@@ -31,17 +35,19 @@ def chunked(q: jax.Array, k: jax.Array, v: jax.Array, *, upcast: bool = False) -
 
   Args:
     upcast: products of bfloat16 inputs in float32, which some CPUs do faster.
+    most_rows: of a chunk; see chunk_rows.
   """
   heads_first = [jnp.swapaxes(x[0], 0, 1).astype(jnp.float32 if upcast else x.dtype) for x in (q, k, v)]
-  return jnp.swapaxes(_chunked(q.shape[-1] ** -0.5, *heads_first), 0, 1)[None].astype(q.dtype)
+  out = _chunked(q.shape[-1] ** -0.5, chunk_rows(q.shape[1], most_rows), *heads_first)
+  return jnp.swapaxes(out, 0, 1)[None].astype(q.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(scale, q, k, v):
-  return _chunked_fwd(scale, q, k, v)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(scale, rows, q, k, v):
+  return _chunked_fwd(scale, rows, q, k, v)[0]
 
 
-def _chunked_fwd(scale, q, k, v):
+def _chunked_fwd(scale, rows, q, k, v):
   def head(inputs):
     q, k, v = inputs
 
@@ -55,11 +61,11 @@ def _chunked_fwd(scale, q, k, v):
 
     return jax.lax.scan(step, None, q)[1]
 
-  outs, log_totals = jax.lax.map(head, (_cut(q), k, v))
+  outs, log_totals = jax.lax.map(head, (_cut(q, rows), k, v))
   return outs.reshape(q.shape), (q, k, v, outs, log_totals)
 
 
-def _chunked_bwd(scale, saved, grad):
+def _chunked_bwd(scale, rows, saved, grad):
   q, k, v, outs, log_totals = saved
 
   def head(inputs):
@@ -79,7 +85,7 @@ def _chunked_bwd(scale, saved, grad):
     (dk, dv), dq = jax.lax.scan(step, carry, (q, *chunks))
     return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
-  dq, dk, dv = jax.lax.map(head, (_cut(q), k, v, outs, log_totals, _cut(grad)))
+  dq, dk, dv = jax.lax.map(head, (_cut(q, rows), k, v, outs, log_totals, _cut(grad, rows)))
   return dq.reshape(q.shape), dk, dv
 
 
@@ -95,16 +101,18 @@ def _dot(subscripts: str, a, b) -> jax.Array:
   return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
-def _cut(x: jax.Array) -> jax.Array:
+def _cut(x: jax.Array, rows: int) -> jax.Array:
   """[heads, tokens, D] to [heads, chunks, rows, D]."""
-  return x.reshape(x.shape[0], -1, chunk_rows(x.shape[1]), x.shape[2])
+  return x.reshape(x.shape[0], -1, rows, x.shape[2])
 
 
 def dense_jax() -> dict[str, Callable[..., jax.Array]]:
   """Name -> dense attention, everything JAX offers on the current platform."""
   found = {"dot_product_attention": partial(jax.nn.dot_product_attention, implementation="xla"), "chunked": chunked}
   if jax.default_backend() == "cpu":
+    found["chunked by 128 rows"] = partial(chunked, most_rows=_FEWER_ROWS)
     found["chunked in float32"] = partial(chunked, upcast=True)
+    found["chunked by 128 rows in float32"] = partial(chunked, upcast=True, most_rows=_FEWER_ROWS)
     # What layers of sparsity 0 run; elsewhere that is jax.nn.dot_product_attention.
     found["dense_attention"] = partial(dense_attention, text_len=0)
   if jax.default_backend() == "gpu":
