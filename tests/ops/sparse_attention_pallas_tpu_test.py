@@ -98,6 +98,14 @@ class LoweringTest(parameterized.TestCase):
       module = lowered(args, text_len=text_len, **masks)
     self.assertEqual(module.count("stablehlo.custom_call @tpu_custom_call"), 2)
 
+  def test_text_without_queries_and_with_lists_lowers(self):
+    q, k, v, kept = arguments(512, 2, 64)
+    with on_tpus(1, 1):
+      skipped = lowered((q.update(shape=(1, 512, 2, 64)), k, v, kept), text_len=128, text_queries=False)
+      sparse = lowered((q, k, v, kept), text_len=128, text_kept=jnp.zeros((1, 1, 1, 3), jnp.int32))
+    for module in (skipped, sparse):
+      self.assertEqual(module.count("stablehlo.custom_call @tpu_custom_call"), 2)
+
   def test_a_large_matrix_unit_takes_two_heads_of_128_channels(self):
     def packs(kind, *shape, **options):
       q, _, _, kept = arguments(*shape, **options)
