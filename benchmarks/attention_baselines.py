@@ -18,7 +18,7 @@ _CHUNK_LOGITS_ACCELERATOR = 64_000_000
 
 
 def chunk_rows(tokens: int, most: int | None = None) -> int:
-  """Query rows of one chunk of `chunked`: a divisor of the number of tokens, up to `most`."""
+  """Query rows of one chunk of `chunked`: a divisor of the number of tokens, up to `most` or 64."""
   if most is None:
     most = _ROWS if jax.default_backend() == "cpu" else _CHUNK_LOGITS_ACCELERATOR // tokens
   most = max(64, min(tokens, most))

@@ -142,8 +142,15 @@ class JointAttention(nn.Module):
       out = _sparse(text_qkv, image_qkv, text_mask, sparsity, *places)
     else:
       image_mask = None if kept is None else _image_mask(text_qkv[0], *image_qkv[:2], text_mask, sparsity, kept)
-      options = {"image_mask": image_mask, "text_queries": text_qkv[0] is not None}
-      out = dense_attention(*_joined(text_qkv, image_qkv), text.shape[1], text_mask, **options)
+      out = dense_attention(
+        *_joined(text_qkv, image_qkv),
+        text.shape[1],
+        text_mask,
+        image_mask=image_mask,
+        text_queries=text_qkv[0] is not None,
+        batch_axes=self.batch_axes,
+        head_axes=self.head_axes,
+      )
     out = out.reshape(*out.shape[:2], -1)
     text_out, image_out = jnp.split(out, [out.shape[1] - image.shape[1]], axis=1)
     return image_out, text_out if self.text_output else None

@@ -1,5 +1,7 @@
 """Dense joint attention over text and image tokens: what a layer of sparsity 0 runs."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -20,11 +22,13 @@ def dense_attention(
   image_mask: Array | None = None,
   text_queries: bool = True,
   scale: float | None = None,
+  batch_axes: placement.Axes = None,
+  head_axes: placement.Axes = None,
 ) -> jax.Array:
   """softmax(scale q k^T) v over all tokens, with absent text tokens hidden from every query.
 
   Args:
-    q: [B, T, heads, head_dim], the text tokens first.
+    q: [B, T, heads, head_dim], the text tokens first; see also text_queries.
     k: [B, T, heads, head_dim].
     v: like k.
     text_len: how many of the T tokens are text; 0 for none.
@@ -34,6 +38,9 @@ def dense_attention(
       without rows for them, text queries see every one. None where all do.
     text_queries: False where nobody reads the text rows: q then holds the image tokens alone, and so does the result.
     scale: head_dim ** -0.5 where None.
+    batch_axes: where the program is split over devices, the mesh axes over which B is split. They matter on CPU, where
+      many tokens are a loop over heads, which XLA would not split by itself.
+    head_axes: the mesh axes over which heads are split.
 
   Returns:
     Like q, in its dtype; logits and softmax are float32. Rows of absent text tokens hold
@@ -48,12 +55,21 @@ def dense_attention(
     image = jnp.ones((k.shape[0], k.shape[1] - text_len), bool)
     mask = jnp.concatenate([text_mask, image], axis=1)[:, None, None, :]
   if image_mask is not None:
+    _check_image_mask(image_mask, q, k, text_len, text_queries)
     rows = q.shape[1] - image_mask.shape[2]  # text queries that see every image token
     seen = jnp.pad(image_mask, ((0, 0), (0, 0), (rows, 0), (text_len, 0)), constant_values=True)
     mask = seen if mask is None else mask & seen
   if placement.platform() == "cpu":
-    return _head_major_attention(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
+    attend = partial(_head_major_attention, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+    if not _long(q, k) or (batch_axes is None and head_axes is None):
+      return attend(q, k, v, mask=mask)
+    places = {"batch_axes": batch_axes, "head_axes": head_axes}
+    return placement.over_batch_and_heads(attend, q, k, v, {"mask": mask}, {}, **places)
   return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
+
+
+def _long(q: Array, k: Array) -> bool:
+  return q.shape[1] * k.shape[1] > _MANY_LOGITS
 
 
 def _head_major_attention(q: Array, k: Array, v: Array, mask: Array | None, scale: float) -> jax.Array:
@@ -61,9 +77,9 @@ def _head_major_attention(q: Array, k: Array, v: Array, mask: Array | None, scal
 
   Heads go before tokens once, so that products need no transposed copies of [T, T] arrays.
   """
+  attend = _in_parts if _long(q, k) else _weigh
   dtype, q = q.dtype, q * jnp.asarray(scale, q.dtype)
   q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-  attend = _in_parts if q.shape[2] * k.shape[2] > _MANY_LOGITS else _weigh
   return attend(q, k, v, mask).astype(dtype).swapaxes(1, 2)
 
 
@@ -111,6 +127,15 @@ def _in_parts(q: Array, k: Array, v: Array, mask: Array | None) -> jax.Array:
 
   flat = [x.reshape(-1, 1, *x.shape[2:]) for x in (q, k, v)]
   return jax.lax.map(head, (jnp.arange(len(flat[0])), *flat)).reshape(q.shape)
+
+
+def _check_image_mask(image_mask: Array, q: Array, k: Array, text_len: int, text_queries: bool) -> None:
+  image = k.shape[1] - text_len
+  rows = (image, k.shape[1]) if text_queries else (image,)
+  good = image_mask.ndim == 4 and image_mask.shape[0] == q.shape[0] and image_mask.shape[1] in (1, q.shape[2])
+  if not good or image_mask.shape[2] not in rows or image_mask.shape[3] != image:
+    expected = f"[{q.shape[0]}, {q.shape[2]} or 1, {' or '.join(map(str, rows))}, {image}]"
+    raise ValueError(f"image_mask: expected bool {expected}, got {image_mask.dtype} {image_mask.shape}")
 
 
 def check_qkv(q: Array, k: Array, v: Array, text_len: int, text_mask: Array | None, text_queries: bool = True) -> None:

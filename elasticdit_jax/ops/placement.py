@@ -31,7 +31,10 @@ def device_kind() -> str:
 
 
 def cores_per_device() -> int:
-  """Processor cores that each of this process's CPU devices has, by those this process may use; at least 1."""
+  """Processor cores that each of this process's CPU devices has, by those this process may use; at least 1.
+
+  What other processes on this machine use and quotas of a container are not seen: a guess for speed, nothing else.
+  """
   usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
   return max(1, usable // jax.local_device_count("cpu"))
 
@@ -101,9 +104,9 @@ def over_batch_and_heads(
 
   Args:
     attend: the attention of the samples and heads that it is given.
-    q: [B, T, heads, head_dim].
-    k: like q.
-    v: like q.
+    q: [B, queries, heads, head_dim].
+    k: [B, keys, heads, head_dim].
+    v: like k.
     lists: arrays [B, heads or 1, ...], or None.
     masks: arrays [B, ...], or None.
     batch_axes: mesh axes over which B is split.

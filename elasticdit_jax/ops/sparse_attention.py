@@ -52,9 +52,10 @@ def sparse_attention(
   the number of tokens squared.
 
   Args:
-    q: [B, text_len + Tb * block_size, heads, head_dim], the text first, image tokens block-major (blocks.to_blocks).
-    k: like q.
-    v: like q.
+    q: [B, text_len + Tb * block_size, heads, head_dim], the text first, image tokens block-major (blocks.to_blocks); of
+      the image tokens alone with text_queries=False.
+    k: [B, text_len + Tb * block_size, heads, head_dim].
+    v: like k.
     kept: int [B, heads or 1, Tb, num_kept], see gating.select_blocks: distinct indices in 0..Tb-1 in each row. They are
       not checked here, where they are traced; gating.check_kept does it outside jit.
     text_len: leading text tokens; 0 for none.

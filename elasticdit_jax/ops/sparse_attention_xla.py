@@ -187,7 +187,7 @@ def _add_at(table, index, update):
 
 def _chunking() -> tuple[int, int]:
   """Logits in one chunk, and chunks in one step of the scan."""
-  if jax.default_backend() != "cpu":
+  if placement.platform() != "cpu":
     return _ACCELERATOR
   return _CPU_ONE_CORE if placement.cores_per_device() == 1 else _CPU
 

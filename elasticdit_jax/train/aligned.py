@@ -229,7 +229,7 @@ def _check(config: Any) -> None:
     ("objective.spread", o.spread in losses.SPREADS, f"one of {', '.join(losses.SPREADS)}"),
     ("objective.strength", 0 < o.strength < math.inf, "a positive number"),
     ("objective.lag", 0 <= o.lag < 1, "a share of at least 0, below 1"),
-    ("objective.lag", o.name == "nft" or o.lag == 0, "0 for grpo, where the weights in training draw"),
+    ("objective.lag", o.name == "nft" or o.lag == 0, "0 where it is not nft: the weights in training draw"),
     ("lora.rank", config.lora.rank >= 0, "0 for full weights, or a rank"),
     ("lora.alpha", config.lora.alpha > 0, "a positive number"),
     ("train.epochs", config.train.epochs >= 1, "at least 1 epoch"),

@@ -182,12 +182,13 @@ class Sampler:
     rows = [prompt for prompt in prompts for _ in range(self.plan.group)]
     key = jax.random.fold_in(key, route.vae)
     steps = self.plan.table(self.times(route), first)
-    kept = self.plan.window if self._objective.name == "grpo" else 0
+    of_steps = self._objective.name != "nft"
+    kept = self.plan.window if of_steps else 0
     parts, scores, text = self._draw(params, rows, route, key, steps, first, kept)
     ways, ends, images = zip(*parts, strict=True)
     total = combine(scores, self._reward.weights)
     advantage = losses.advantages(total.reshape(len(prompts), -1), self._spread).reshape(-1)
-    if self._objective.name == "grpo":
+    if of_steps:
       x, goal = _steps_taken(ways, len(rows), self._job.layout)
       row = jax.tree.map(lambda c: np.repeat(np.float32(c[first : first + kept]), len(rows)), steps)
     else:

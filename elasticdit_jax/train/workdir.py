@@ -18,7 +18,7 @@ def check_workdir(
     workdir: may be missing or empty.
     config: a ConfigDict or a mapping that JSON can hold.
     neutral: dotted names (of leaves or of whole sub-configs) that may change between runs: "train.log_every".
-    absent: dotted names of fields that came with a later version, and what a run without them does.
+    absent: dotted names of fields that came or went with a later version, and what a run without them does.
 
   Raises:
     ValueError: naming the fields that differ, the old and the new values, and the remedy; or for a file.
@@ -33,7 +33,7 @@ def check_workdir(
       old = {**(absent or {}), **_leaves(json.load(f))}
   except (ValueError, AttributeError) as e:
     raise ValueError(f"workdir: {path} is no readable JSON ({e}); restore it or choose another --workdir") from e
-  new = _leaves(_plain(config))
+  new = {**(absent or {}), **_leaves(_plain(config))}
   missing = "(not set)"
   differences = [
     f"{name}: {old.get(name, missing)!r} -> {new.get(name, missing)!r}"

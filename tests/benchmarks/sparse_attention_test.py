@@ -52,15 +52,16 @@ class TableTest(absltest.TestCase):
 
 
 class ChunkedTest(parameterized.TestCase):
-  @parameterized.parameters(False, True)
-  def test_equals_dot_product_attention_with_gradients(self, upcast):
+  @parameterized.parameters((False, None), (True, None), (False, 64))
+  def test_equals_dot_product_attention_with_gradients(self, upcast, most_rows):
+    self.assertEqual(attention_baselines.chunk_rows(192, most_rows), most_rows or 192)
     rng = np.random.default_rng(0)
     qkv = [jnp.asarray(rng.normal(size=(1, 192, 2, 8)), jnp.float32) for _ in range(3)]
 
     def run(attend):
       return jax.value_and_grad(lambda *qkv: jnp.sum(jnp.sin(attend(*qkv))), (0, 1, 2))(*qkv)
 
-    found = run(lambda *qkv: attention_baselines.chunked(*qkv, upcast=upcast))
+    found = run(lambda *qkv: attention_baselines.chunked(*qkv, upcast=upcast, most_rows=most_rows))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(run(jax.nn.dot_product_attention)), strict=True):
       np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4)
 

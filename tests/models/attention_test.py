@@ -8,7 +8,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from elasticdit_jax.evals import flops
-from elasticdit_jax.models import rope
+from elasticdit_jax.models import attention, rope
 from elasticdit_jax.models.attention import JointAttention, Sparsity
 from tests.models import cases
 
@@ -112,6 +112,19 @@ class JointAttentionTest(parameterized.TestCase):
     program = _program((3, 5), 0.7, sparse_text=True, per_head=True)
     other = program(_params((3, 5)), image, text, mask)[1]
     np.testing.assert_allclose(other[1, 0], sparse[1][1, 0], atol=1e-5)
+
+  @parameterized.parameters(False, True)
+  def test_the_blocks_of_text_queries_are_those_of_the_largest_product(self, per_head):
+    with mock.patch.object(attention, "sparse_attention", wraps=attention.sparse_attention) as attend:
+      jax.disable_jit()(_run)((4, 4), 0.5, sparse_text=True, per_head=per_head)
+    (q, k, _, kept), options = attend.call_args
+    mask = _inputs((4, 4))[2][..., None, None]
+    text = np.sum(np.where(mask, q[:, :3], 0), 1) / mask.sum(1)
+    blocks = np.asarray(k[:, 3:]).reshape(2, 4, 4, *k.shape[2:]).mean(2)
+    affinity = np.einsum("bhd,bkhd->bhk", text, blocks)
+    affinity = affinity if per_head else affinity.sum(1, keepdims=True)
+    expected = np.sort(np.argsort(-affinity, axis=-1)[..., : kept.shape[-1]], axis=-1)
+    np.testing.assert_array_equal(options["text_kept"][:, :, 0], expected)
 
   @parameterized.parameters(0.0, 0.7)
   def test_without_text_output_only_its_queries_are_missing(self, ratio):

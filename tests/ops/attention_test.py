@@ -121,6 +121,11 @@ class DenseAttentionTest(parameterized.TestCase):
     ):
       with self.assertRaisesRegex(ValueError, message):
         attention.dense_attention(*args)
+    for rows in (1, 5, 8, 10):
+      with self.assertRaisesRegex(ValueError, r"image_mask: expected bool \[2, 2 or 1, 6 or 9, 6\], got bool \(2, 1, "):
+        attention.dense_attention(q, k, v, 3, image_mask=jnp.ones((2, 1, rows, 6), bool))
+    with self.assertRaisesRegex(ValueError, r"image_mask: expected bool \[2, 2 or 1, 6, 6\]"):
+      attention.dense_attention(q[:, 3:], k, v, 3, image_mask=jnp.ones((2, 1, 9, 6), bool), text_queries=False)
     with self.assertRaisesRegex(ValueError, r"k: expected shape \(2, 12, 2, 4\) like q with 3 tokens of text"):
       attention.dense_attention(q, k, v, 3, text_queries=False)
 

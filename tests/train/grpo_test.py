@@ -178,7 +178,7 @@ class GrpoTest(absltest.TestCase):
       },
       "config.objective.clip": {"objective": {"clip": 0.0}},
       "config.objective.lag: expected a share of at least 0, below 1": {"objective": {"lag": 1.0}},
-      "config.objective.lag: expected 0 for grpo": {"objective": {"lag": 0.5}},
+      "config.objective.lag: expected 0 where it is not nft": {"objective": {"lag": 0.5}},
       "unknown reward 'beauty'; there are .*scene_strict": {"rewards": {"weights": "beauty=1"}},
       "jpeg_size: expected a finite weight of at least 0": {"rewards": {"weights": "jpeg_size=-1"}},
       "config.prompts.tasks": {"prompts": {"tasks": "counts=1"}},

@@ -5,7 +5,7 @@ import types
 
 import jax
 import numpy as np
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 
 from elasticdit_jax.flow import sampler, stochastic
 from elasticdit_jax.train import losses, policy, rewards, rollout, sharding
@@ -46,9 +46,10 @@ def make(objective, plan=PLAN):
   return model, rollout.Sampler(job, plan, objective, "group", reward)
 
 
-class RolloutTest(absltest.TestCase):
-  def test_rows_are_the_steps_that_were_taken(self):
-    model, drawing = make(losses.Objective())
+class RolloutTest(parameterized.TestCase):
+  @parameterized.parameters("grpo", "grpo-guard")
+  def test_rows_are_the_steps_that_were_taken(self, name):
+    model, drawing = make(losses.Objective(name))
     route, first = model.routes["max-f16"], 1
     prompts = [Prompt(text, "all", {}) for text in TEXTS]
     d = drawing.rollout(model.params, prompts, route, jax.random.key(0), first)

@@ -56,6 +56,12 @@ class WorkdirTest(absltest.TestCase):
     with self.assertRaisesRegex(ValueError, "train.new: 1.0 -> 2.0"):
       workdir.check_workdir(self.path, _config(new=2.0), absent={"train.new": 1.0})
 
+  def test_a_field_that_is_gone_may_have_had_the_value_that_stands_for_it(self):
+    workdir.claim_workdir(self.path, _config(old=False))
+    workdir.check_workdir(self.path, _config(), absent={"train.old": False})
+    with self.assertRaisesRegex(ValueError, "train.old: False -> True"):
+      workdir.check_workdir(self.path, _config(), absent={"train.old": True})
+
   def test_a_file_is_no_workdir(self):
     with open(self.path, "w") as f:
       f.write("mine")

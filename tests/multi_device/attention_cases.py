@@ -1,0 +1,71 @@
+"""Attention over 2 x 2 host devices beside the same on one; run as a program, it writes what it found as JSON.
+
+python -m tests.multi_device.attention_cases
+"""
+
+import itertools
+import json
+import sys
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from elasticdit_jax.ops import attention
+from elasticdit_jax.ops.sparse_attention import sparse_attention
+from tests.ops.sparse_attention_test import make_case
+
+TEXTS = ("full", "sparse", "skipped")
+AXES = {"batch_axes": "data", "head_axes": "model"}
+MASKS = {"none": None, "shared": 1, "per_head": 4}
+
+
+def sparse(mesh, per_head, text):
+  """Largest difference of outputs and gradients from those on one device."""
+  qkv, kept, options, weight = make_case(4, 6, 2, 3, batch=2, heads=4, per_head=per_head, text=text)
+  return _apart(mesh, qkv, weight, lambda *qkv, **axes: sparse_attention(*qkv, kept, **options, **axes))[0]
+
+
+def dense_in_parts(mesh, heads):
+  """The same for dense attention of many tokens, and how often the devices gather something."""
+  qkv, _, options, weight = make_case(4, 6, 2, 3, batch=2, heads=4)
+  rng = np.random.default_rng(0)
+  image_mask = None if heads is None else rng.random((2, heads, 24, 24)) < 0.5
+  call = {"text_len": 5, "text_mask": options["text_mask"], "image_mask": image_mask}
+  with mock.patch.multiple(attention, _MANY_LOGITS=100, _QUERIES=8):
+    return _apart(mesh, qkv, weight, lambda *qkv, **axes: attention.dense_attention(*qkv, **call, **axes))
+
+
+def _apart(mesh, qkv, weight, attend):
+  def run(**axes):
+    def loss(*qkv):
+      out = attend(*qkv, **axes)
+      return jnp.sum(weight * out), out
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+
+  want = run()(*qkv)
+  with jax.set_mesh(mesh):
+    place = NamedSharding(mesh, PartitionSpec("data", None, "model"))
+    program = run(**AXES).lower(*(jax.device_put(x, place) for x in qkv)).compile()
+    got = program(*(jax.device_put(x, place) for x in qkv))
+  pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+  # The sum of the loss alone is over all devices; arrays are compared.
+  apart = max(float(np.max(np.abs(np.asarray(a) - np.asarray(b)))) for a, b in pairs if a.ndim)
+  return apart, program.as_text().count(" all-gather(")
+
+
+def main() -> None:
+  jax.config.update("jax_num_cpu_devices", 4)
+  mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  report = {
+    f"sparse {text} {per_head}": sparse(mesh, per_head, text) for per_head, text in itertools.product((0, 1), TEXTS)
+  }
+  report |= {f"dense {name}": dense_in_parts(mesh, heads) for name, heads in MASKS.items()}
+  sys.stdout.write(json.dumps(report))
+
+
+if __name__ == "__main__":
+  main()
