@@ -110,9 +110,9 @@ def dense_jax() -> dict[str, Callable[..., jax.Array]]:
   """Name -> dense attention, everything JAX offers on the current platform."""
   found = {"dot_product_attention": partial(jax.nn.dot_product_attention, implementation="xla"), "chunked": chunked}
   if jax.default_backend() == "cpu":
-    found["chunked by 128 rows"] = partial(chunked, most_rows=_FEWER_ROWS)
+    found[f"chunked by {_FEWER_ROWS} rows"] = partial(chunked, most_rows=_FEWER_ROWS)
     found["chunked in float32"] = partial(chunked, upcast=True)
-    found["chunked by 128 rows in float32"] = partial(chunked, upcast=True, most_rows=_FEWER_ROWS)
+    found[f"chunked by {_FEWER_ROWS} rows in float32"] = partial(chunked, upcast=True, most_rows=_FEWER_ROWS)
     # What layers of sparsity 0 run; elsewhere that is jax.nn.dot_product_attention.
     found["dense_attention"] = partial(dense_attention, text_len=0)
   if jax.default_backend() == "gpu":

@@ -111,16 +111,10 @@ def _in_parts(q: Array, k: Array, v: Array, mask: Array | None) -> jax.Array:
   # The axis of size 1 keeps these products of activations: evals/flops.py tells them from weights by it.
   def head(inputs):
     number, q, k, v = inputs
-    if mask is None:
-      seen = None
-    else:
-      seen = mask[number // heads % mask.shape[0], number % heads % mask.shape[1]][None]
-    own = seen is not None and seen.shape[1] > 1  # what each query sees
-    if own:
-      out = jax.lax.map(lambda part: one(*part, k, v), (cut(q), cut(seen)))
-    else:
-      out = jax.lax.map(lambda part: one(part, seen, k, v), cut(q))
-    out = out.reshape(1, whole, dim)
+    seen = None if mask is None else mask[number // heads, number % heads % mask.shape[1]][None]
+    own = mask is not None and mask.shape[2] > 1  # every query sees something else
+    parts = cut(q), cut(seen) if own else None
+    out = jax.lax.map(lambda part: one(part[0], part[1] if own else seen, k, v), parts).reshape(1, whole, dim)
     if whole == count:
       return out
     return jnp.concatenate([out, one(q[:, whole:], seen[:, whole:] if own else seen, k, v)], axis=1)

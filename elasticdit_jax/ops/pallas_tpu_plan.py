@@ -118,7 +118,7 @@ class Plan:
 
   def cost(self, backward: bool) -> pl.CostEstimate:
     """Products, exponentials and HBM traffic of one call; backward counts five products for the two of forward."""
-    queries = self.text if self.text_queries else 0
+    queries = self.text_tiles * self.text_tile
     pairs = self.batch * self.heads * (self.image * self.listed + queries * (self.text + self.image))
     tokens = self.batch * self.heads * (self.text + self.image) * self.head_dim * self.itemsize
     return pl.CostEstimate(

@@ -83,9 +83,10 @@ def sparse_attention(
     NotImplementedError: where a named implementation cannot run, saying why.
   """
   _check(q, k, v, text_len, block_size, text_mask, key_mask, text_queries)
-  _check_lists("kept", kept, k, (k.shape[1] - text_len) // block_size, block_size, text_len)
+  blocks = (k.shape[1] - text_len) // block_size
+  _check_lists("kept", kept, k, blocks, blocks, block_size)
   if text_kept is not None:
-    _check_lists("text_kept", text_kept, k, 1, block_size, text_len)
+    _check_lists("text_kept", text_kept, k, 1, blocks, block_size)
   attend = partial(
     _attend,
     text_len=text_len,
@@ -141,9 +142,8 @@ def _check(q, k, v, text_len, block_size, text_mask, key_mask, text_queries) -> 
     raise ValueError(f"key_mask: expected bool [{batch} or 1, {image}], got {key_mask.dtype} {key_mask.shape}")
 
 
-def _check_lists(name: str, lists: Array, k: Array, rows: int, block_size: int, text_len: int) -> None:
-  batch, tokens, heads, _ = k.shape
-  blocks = (tokens - text_len) // block_size
+def _check_lists(name: str, lists: Array, k: Array, rows: int, blocks: int, block_size: int) -> None:
+  batch, _, heads, _ = k.shape
   good = lists.ndim == 4 and lists.shape[0] == batch and lists.shape[1] in (1, heads) and lists.shape[2] == rows
   if not good or not 1 <= lists.shape[3] <= blocks:
     expected = f"[{batch}, {heads} or 1, {rows}, 1..{blocks}]"

@@ -55,7 +55,7 @@ def sparse_attention_pallas_tpu(
     NotImplementedError: where `obstacle` names one, unless interpret.
   """
   options = {"text_len": text_len, "block_size": block_size, "text_mask": text_mask, "key_mask": key_mask}
-  if text_kept is not None and text_queries and text_len:
+  if text_kept is not None:
     text = sparse_attention_xla(
       q[:, :text_len], k, v, None, **options, text_queries=True, text_kept=text_kept, scale=scale
     )

@@ -53,7 +53,8 @@ _SILENT_EPOCHS = 20  # in a row in which no group had two different rewards
 def _absent(config: Any) -> dict[str, float]:
   """Fields that came later or went, as runs without them are made."""
   lag = 0.5 if config.objective.name == "nft" else 0.0
-  return {"objective.guidance": 1.0, "objective.lag": lag, "objective.guard": False}
+  gone = {"objective.guard": False, "rollout.same_noise": False}
+  return {"objective.guidance": 1.0, "objective.lag": lag, **gone}
 
 
 class _StoppedError(Exception):

@@ -10,7 +10,7 @@ from absl.testing import absltest
 from configs import grpo as grpo_config
 from elasticdit_jax.generate import Pipeline
 from elasticdit_jax.interop import model_dir, weights
-from elasticdit_jax.train import aligned, grpo, policy, rewards, sharding, watch
+from elasticdit_jax.train import aligned, grpo, policy, rewards, sharding, watch, workdir
 from tests.evals import tiny_model
 from tests.train import small
 
@@ -213,6 +213,16 @@ class GrpoTest(absltest.TestCase):
       plan = {"": (2, 0, 8), "nft,lora": (2, 0, 8), "paper": (9, 0, 8)}.get(arg, (3, 2, 6))
       self.assertEqual((setup.plan.window, setup.plan.first, setup.plan.last), plan)
     self.assertFalse(self.workdir.exists())
+
+  def test_runs_begun_with_fields_that_are_gone_go_on_where_these_did_nothing(self):
+    begun = self.config.copy_and_resolve_references().unlock()
+    begun.objective.guard, begun.rollout.same_noise = False, False
+    absent = grpo._absent(self.config)
+    workdir.claim_workdir(self.workdir, begun, grpo.NEUTRAL, absent)
+    workdir.check_workdir(self.workdir, self.config, grpo.NEUTRAL, absent)
+    begun.objective.guard = True
+    with self.assertRaisesRegex(ValueError, "objective.guard: False -> True"):
+      workdir.check_workdir(self.workdir, begun, grpo.NEUTRAL, absent)
 
   def test_no_model_to_align(self):
     for init, message in (("", "config.init: alignment needs a finished model"), ("/nowhere", "config.init: no dit")):
