@@ -78,8 +78,9 @@ def _head_major_attention(q: Array, k: Array, v: Array, mask: Array | None, scal
   Heads go before tokens once, so that products need no transposed copies of [T, T] arrays.
   """
   attend = _in_parts if _long(q, k) else _weigh
-  dtype, q = q.dtype, q * jnp.asarray(scale, q.dtype)
-  q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+  dtype = q.dtype
+  q, k, v = (x.swapaxes(1, 2).astype(placement.product_dtype(dtype)) for x in (q, k, v))
+  q *= jnp.asarray(scale, q.dtype)
   return attend(q, k, v, mask).astype(dtype).swapaxes(1, 2)
 
 

@@ -108,10 +108,12 @@ def _attend(scale, queries, k, v, lists, valid):
 
 
 def _attend_fwd(scale, queries, k, v, lists, valid):
+  tables = _fast(k), _fast(v)
+
   def step(carry, chunk):
     q, index = chunk
-    keys, values, seen = _gather(k, v, valid, index)
-    logits = _dot("crd,ckd->crk", q, keys)
+    keys, values, seen = _gather(*tables, valid, index)
+    logits = _dot("crd,ckd->crk", _fast(q), keys)
     if seen is not None:
       logits = jnp.where(seen[:, None], logits, _HIDDEN)
     # The floor lies above hidden logits: where all keys are hidden every weight is exp(-huge) = 0. Scaling after the
@@ -131,18 +133,20 @@ def _attend_fwd(scale, queries, k, v, lists, valid):
 
 def _attend_bwd(scale, saved, grads):
   queries, k, v, lists, valid, outs, log_totals = saved
+  tables = _fast(k), _fast(v)
 
   def step(carry, chunk):
     dk, dv = carry
     q, index, out, log_total, grad = chunk
-    keys, values, seen = _gather(k, v, valid, index)
+    dtype, q, grad = q.dtype, _fast(q), _fast(grad)
+    keys, values, seen = _gather(*tables, valid, index)
     logits = _dot("ckd,crd->ckr", keys, q) * scale
     if seen is not None:
       logits = jnp.where(seen[:, :, None], logits, _HIDDEN)
     weights = jnp.exp(logits - log_total[:, None])
     shared = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)[:, None]
     dlogits = (weights * (_dot("ckd,crd->ckr", values, grad) - shared) * scale).astype(keys.dtype)
-    dq = _dot("crk,ckd->crd", _turned(dlogits), keys).astype(q.dtype)
+    dq = _dot("crk,ckd->crd", _turned(dlogits), keys).astype(dtype)
     dk = _add_at(dk, index, _dot("ckr,crd->ckd", dlogits, q))
     dv = _add_at(dv, index, _dot("ckr,crd->ckd", weights.astype(grad.dtype), grad))
     return (dk, dv), dq
@@ -174,6 +178,10 @@ def _turned(x):
   """The last two axes swapped; on CPU as a copy, since a product over the second last axis is slow there."""
   x = jnp.swapaxes(x, 1, 2)
   return jax.lax.optimization_barrier(x) if placement.platform() == "cpu" else x
+
+
+def _fast(x):
+  return x.astype(placement.product_dtype(x.dtype))
 
 
 def _dot(spec, a, b):

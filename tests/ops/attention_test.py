@@ -62,16 +62,18 @@ class DenseAttentionTest(parameterized.TestCase):
   def test_form_for_cpu_is_that_of_jax_elsewhere_with_gradients(self):
     mask = jnp.array([[True, True, False], [False, False, False]])
     seen = jax.random.bernoulli(jax.random.key(1), 0.5, (2, 2, 6, 6))
-    for dtype, tolerance in ((jnp.float32, 2e-6), (jnp.bfloat16, 3e-2)):
+    cases = (jnp.float32, "float32", 2e-6), (jnp.bfloat16, "float32", 3e-2), (jnp.bfloat16, "bfloat16", 3e-2)
+    for dtype, products, tolerance in cases:
 
       def value(q, k, v):
         out = attention.dense_attention(q, k, v, 3, mask, image_mask=seen, scale=0.7)
         return jnp.sum(jnp.sin(out[:, 3:].astype(jnp.float32))), out
 
       differentiated = jax.value_and_grad(value, (0, 1, 2), has_aux=True)
-      here = differentiated(*inputs(dtype=dtype))
-      with mock.patch.multiple(attention, _MANY_LOGITS=80, _QUERIES=4):
-        in_parts = differentiated(*inputs(dtype=dtype))
+      with mock.patch.object(placement, "product_dtype", return_value=jnp.dtype(products)):
+        here = differentiated(*inputs(dtype=dtype))
+        with mock.patch.multiple(attention, _MANY_LOGITS=80, _QUERIES=4):
+          in_parts = differentiated(*inputs(dtype=dtype))
       with mock.patch.object(placement, "platform", return_value="gpu"):
         elsewhere = differentiated(*inputs(dtype=dtype))
       for found in (here, in_parts):

@@ -5,6 +5,7 @@ from functools import partial
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
@@ -28,6 +29,26 @@ class PlacementTest(parameterized.TestCase):
     for cores, each in ((1, 1), (2 * devices, 2), (4 * devices + devices - 1, 4)):
       with mock.patch.object(os, "sched_getaffinity", return_value=set(range(cores)), create=True):
         self.assertEqual(placement.cores_per_device(), each)
+
+  @parameterized.parameters(
+    ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512f avx512_bf16\n", False),
+    ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512_bf16 amx_bf16 amx_tile\n", True),
+    ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512_bf16 clzero\n", True),
+    ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2\n\nvendor_id\t: AuthenticAMD\nflags\t\t: avx512_bf16\n", False),
+    ("BogoMIPS\t: 2100.00\nFeatures\t: fp asimd i8mm bf16 dgh\n", True),
+    (OSError("no such file"), False),
+  )
+  def test_products_of_bfloat16_are_in_float32_where_a_cpu_is_slow_at_them(self, said, fast):
+    found = {"side_effect": said} if isinstance(said, OSError) else {"new_callable": mock.mock_open, "read_data": said}
+    with mock.patch("builtins.open", **found):
+      placement._multiplies_bfloat16.cache_clear()
+      self.addCleanup(placement._multiplies_bfloat16.cache_clear)
+      self.assertEqual(placement._multiplies_bfloat16(), fast)
+    with mock.patch.object(placement, "platform", return_value="cpu"):
+      self.assertEqual(placement.product_dtype(jnp.bfloat16), jnp.bfloat16 if fast else jnp.float32)
+      self.assertEqual(placement.product_dtype("float32"), jnp.float32)
+    with mock.patch.object(placement, "platform", return_value="tpu"):
+      self.assertEqual(placement.product_dtype("bfloat16"), jnp.bfloat16)
 
   def test_one_device_means_alone_or_split_by_hand(self):
     found = {}

@@ -138,6 +138,15 @@ class ChunksTest(parameterized.TestCase):
     with mock.patch.object(sparse_attention_xla, "_chunking", return_value=(chunk, unroll)):
       compare(self, make_case(*shape, batch=count, heads=count), "xla")
 
+  @parameterized.parameters("float32", "bfloat16")
+  def test_products_of_bfloat16_in_either_dtype(self, wide):
+    """In float32 weights are not rounded on their way: the output is the oracle's, rounded once."""
+    case = make_case(5, 6, 4, 2, dtype=jnp.bfloat16, text="sparse")
+    with mock.patch.object(placement, "product_dtype", return_value=jnp.dtype(wide)):
+      (out, *_), (expected, *_) = compare(self, case, "xla")
+    off = np.max(np.abs(out.astype(np.float32) - expected) / np.maximum(np.abs(expected), 2**-6))
+    self.assertEqual(off < 1.01 * 2**-8, wide == "float32")
+
   def test_a_core_of_its_own_takes_a_block_at_a_time(self):
     """The temporaries show it: those of a step are the logits, keys and values of a chunk, times the chunks in it."""
     qkv, kept, options, weight = make_case(64, 64, 8, 11, dim=64, heads=1, batch=1)
