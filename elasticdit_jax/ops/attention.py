@@ -50,22 +50,32 @@ def dense_attention(
     ValueError: where shapes or dtypes disagree.
   """
   check_qkv(q, k, v, text_len, text_mask, text_queries)
+  if image_mask is not None:
+    _check_image_mask(image_mask, q, k, text_len, text_queries)
+  if placement.platform() == "cpu":
+    weigh = partial(_head_major_attention, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+    places = {"batch_axes": batch_axes, "head_axes": head_axes} if _long(q, k) else {}
+  else:
+    weigh, places = partial(jax.nn.dot_product_attention, scale=scale), {}
+
+  def attend(q, k, v, text_mask, image_mask):
+    return weigh(q, k, v, mask=_joined_mask(q.shape[1], k, text_len, text_mask, image_mask))
+
+  masks = {"text_mask": text_mask if text_len else None}
+  return placement.over_batch_and_heads(attend, q, k, v, {"image_mask": image_mask}, masks, **places)
+
+
+def _joined_mask(queries: int, k: Array, text_len: int, text_mask: Array | None, image_mask: Array | None):
+  """bool [B, heads or 1, queries or 1, T], or None where every query sees every token."""
   mask = None
-  if text_mask is not None and text_len:
+  if text_mask is not None:
     image = jnp.ones((k.shape[0], k.shape[1] - text_len), bool)
     mask = jnp.concatenate([text_mask, image], axis=1)[:, None, None, :]
   if image_mask is not None:
-    _check_image_mask(image_mask, q, k, text_len, text_queries)
-    rows = q.shape[1] - image_mask.shape[2]  # text queries that see every image token
+    rows = queries - image_mask.shape[2]  # text queries that see every image token
     seen = jnp.pad(image_mask, ((0, 0), (0, 0), (rows, 0), (text_len, 0)), constant_values=True)
     mask = seen if mask is None else mask & seen
-  if placement.platform() == "cpu":
-    attend = partial(_head_major_attention, scale=q.shape[-1] ** -0.5 if scale is None else scale)
-    if not _long(q, k) or (batch_axes is None and head_axes is None):
-      return attend(q, k, v, mask=mask)
-    places = {"batch_axes": batch_axes, "head_axes": head_axes}
-    return placement.over_batch_and_heads(attend, q, k, v, {"mask": mask}, {}, **places)
-  return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
+  return mask
 
 
 def _long(q: Array, k: Array) -> bool:

@@ -11,7 +11,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
+from elasticdit_jax.ops import placement
 from elasticdit_jax.types import Array
 
 
@@ -92,6 +94,12 @@ class BlockGrid:
     return (row[:, None] * self.columns + column).reshape(-1)
 
 
+def _place(x: Array, *_, **__) -> PartitionSpec:
+  batch, _, *rest = placement.axes_in_type(x)
+  return PartitionSpec(batch, None, *rest)
+
+
+@placement.under_explicit_axes(_place)
 def to_blocks(x: Array, grid: BlockGrid, text_len: int = 0) -> jax.Array:
   """Raster image tokens to block-major ones; text tokens in front stay where they are.
 
@@ -120,6 +128,7 @@ def to_blocks(x: Array, grid: BlockGrid, text_len: int = 0) -> jax.Array:
   return jnp.concatenate([text, image], axis=1) if text_len else image
 
 
+@placement.under_explicit_axes(_place)
 def from_blocks(x: Array, grid: BlockGrid, text_len: int = 0) -> jax.Array:
   """The inverse of `to_blocks`: [B, text_len + num_blocks * block_size, ...] to [B, text_len + height * width, ...]."""
   _check_tokens(x, text_len, grid.num_blocks * grid.block_size, f"{grid.num_blocks} blocks of {grid.block_size}")
@@ -133,6 +142,7 @@ def from_blocks(x: Array, grid: BlockGrid, text_len: int = 0) -> jax.Array:
   return jnp.concatenate([text, image], axis=1) if text_len else image
 
 
+@placement.under_explicit_axes(_place)
 def pool(x: Array, block_size: int, key_mask: Array | None = None) -> jax.Array:
   """Mean of the tokens of every block (equation 1), over valid tokens only.
 
@@ -153,6 +163,7 @@ def pool(x: Array, block_size: int, key_mask: Array | None = None) -> jax.Array:
   return total / jnp.maximum(jnp.sum(weight, axis=2), 1.0)
 
 
+@placement.under_explicit_axes(_place)
 def block_mask(key_mask: Array, block_size: int) -> jax.Array:
   """bool [B or 1, Tb]: which blocks hold a real token, from a token mask [B or 1, Tb * block_size]."""
   return jnp.any(_cut(jnp.asarray(key_mask), block_size), axis=2)

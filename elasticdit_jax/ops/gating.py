@@ -10,7 +10,9 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
+from elasticdit_jax.ops import placement
 from elasticdit_jax.types import Array
 
 
@@ -28,6 +30,12 @@ def num_kept(num_blocks: int, sparsity: float) -> int:
   return max(1, num_blocks - math.floor(num_blocks * sparsity + 1e-6))
 
 
+def _place(q_blocks: Array, *_, per_head: bool = False, **__) -> PartitionSpec:
+  batch, _, heads, _ = placement.axes_in_type(q_blocks)
+  return PartitionSpec(batch, heads if per_head else None)
+
+
+@placement.under_explicit_axes(_place)
 def select_blocks(
   q_blocks: Array,
   k_blocks: Array,
@@ -66,6 +74,7 @@ def select_blocks(
   return jnp.sort(kept.astype(jnp.int32), axis=-1)
 
 
+@placement.under_explicit_axes(_place)
 def block_gate(
   q_blocks: Array,
   k_blocks: Array,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from elasticdit_jax.types import Array
@@ -69,6 +70,41 @@ def on_one_device() -> bool:
   return all(size == 1 or axis in mesh.manual_axes for axis, size in mesh.shape.items())
 
 
+def axes_in_type(x: Array) -> tuple[Axes, ...]:
+  """For every dimension of x the explicit mesh axes over which it is split, which its type names; () or None: none."""
+  typed = jax.typeof(x)
+  return (*typed.sharding.spec, *[None] * typed.ndim)[: typed.ndim]
+
+
+def under_explicit_axes(place: Callable[..., PartitionSpec]) -> Callable[[Callable], Callable]:
+  """Decorator: the function also works under a mesh with explicit axes, which are what jax.make_mesh makes by default.
+
+  Within, XLA divides the work over them as it does over automatic ones.
+
+  Args:
+    place: from the function's arguments to the axes over which its result is split.
+  """
+
+  def decorate(function):
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+      if not jax.sharding.get_abstract_mesh().explicit_axes:
+        return function(*args, **kwargs)
+      leaves, tree = jax.tree.flatten((args, kwargs))
+      where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, (jax.Array, np.ndarray))]
+
+      def call(*arrays):
+        filled = dict(enumerate(leaves)) | dict(zip(where, arrays, strict=True))
+        args, kwargs = jax.tree.unflatten(tree, filled.values())
+        return function(*args, **kwargs)
+
+      return jax.sharding.auto_axes(call, out_sharding=place(*args, **kwargs))(*(leaves[i] for i in where))
+
+    return wrapped
+
+  return decorate
+
+
 def split(x: jax.Array, *axes: Axes) -> jax.Array:
   """x, with the demand that its leading dimensions be split over these mesh axes; without any axis, x as it is."""
   if not any(axes):
@@ -111,6 +147,11 @@ def _names(axes: Axes) -> tuple[str, ...]:
   return (axes,) if isinstance(axes, str) else axes or ()
 
 
+def _like_queries(attend: Callable, q: Array, *_, **__) -> PartitionSpec:
+  batch, _, heads, _ = axes_in_type(q)
+  return PartitionSpec(batch, None, heads)
+
+
 def over_batch_and_heads(
   attend: Callable[..., jax.Array],
   q: Array,
@@ -119,10 +160,12 @@ def over_batch_and_heads(
   lists: dict[str, Array | None],
   masks: dict[str, Array | None],
   *,
-  batch_axes: Axes,
-  head_axes: Axes,
+  batch_axes: Axes = None,
+  head_axes: Axes = None,
 ) -> jax.Array:
   """attend(q, k, v, **lists, **masks) on every device's own samples and heads, under jax.shard_map: no communication.
+
+  Without axes, over those in the type of q; XLA divides the work where there are none.
 
   Args:
     attend: the attention of the samples and heads that it is given.
@@ -140,6 +183,15 @@ def over_batch_and_heads(
   Raises:
     ValueError: without a mesh, for an axis it does not have, or one that does not divide what it splits.
   """
+  if batch_axes is None and head_axes is None:
+    batch_axes, _, head_axes, _ = axes_in_type(q)
+  return _split_attention(attend, q, k, v, lists, masks, batch_axes, head_axes)
+
+
+@under_explicit_axes(_like_queries)
+def _split_attention(attend, q, k, v, lists, masks, batch_axes: Axes, head_axes: Axes) -> jax.Array:
+  if batch_axes is None and head_axes is None:
+    return attend(q, k, v, **lists, **masks)
   mesh = jax.sharding.get_abstract_mesh()
   for name, axes, size in (("batch_axes", batch_axes, q.shape[0]), ("head_axes", head_axes, q.shape[2])):
     _check_axes(name, axes, size, mesh)

@@ -70,7 +70,8 @@ def sparse_attention(
       "pallas_tpu_interpret" (the same kernels step by step on any platform, for tests), or None for the best one that
       works here: the kernels on a TPU where the shapes suit them and no other device takes part (or with the axes
       below), else "xla".
-    batch_axes: where the program is split over devices, the mesh axes (jax.set_mesh) over which B is split.
+    batch_axes: where the program is split over devices, the mesh axes (jax.set_mesh) over which B is split. Explicit
+      axes, which arrays carry in their type, need not be named.
     head_axes: the mesh axes over which heads are split. With either, every device attends to its own samples and heads
       under jax.shard_map, which the kernels need and the scan of "xla" profits from.
 
@@ -100,8 +101,6 @@ def sparse_attention(
     "key_mask": None if key_mask is None else jnp.broadcast_to(key_mask, (k.shape[0], k.shape[1] - text_len)),
   }
   lists = {"kept": kept, "text_kept": text_kept if text_queries and text_len else None}
-  if batch_axes is None and head_axes is None:
-    return attend(q, k, v, **lists, **masks)
   return placement.over_batch_and_heads(attend, q, k, v, lists, masks, batch_axes=batch_axes, head_axes=head_axes)
 
 

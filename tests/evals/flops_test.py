@@ -104,7 +104,7 @@ class FlopsTest(parameterized.TestCase):
 
   def test_shard_map_counts_all_devices(self):
     split, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
-    mesh = jax.sharding.AbstractMesh((4,), ("data",))
+    mesh = jax.sharding.AbstractMesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     fn = jax.shard_map(jnp.dot, mesh=mesh, in_specs=(split, whole), out_specs=split)
     self.assertEqual(count_flops(fn, shape(8, 4), shape(4, 4)), 2 * 8 * 4 * 4)
 

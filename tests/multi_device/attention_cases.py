@@ -13,12 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from elasticdit_jax.ops import attention
+from elasticdit_jax.ops import attention, blocks, gating
 from elasticdit_jax.ops.sparse_attention import sparse_attention
 from tests.ops.sparse_attention_test import make_case
 
 TEXTS = ("full", "sparse", "skipped")
 AXES = {"batch_axes": "data", "head_axes": "model"}
+SPLITS = {
+  "whole": (),
+  "batch": ("data",),
+  "heads": (None, None, "model"),
+  "both": ("data", None, "model"),
+  "tokens": (None, "data"),
+}
 MASKS = {"none": None, "shared": 1, "per_head": 4}
 
 
@@ -38,6 +45,37 @@ def dense_in_parts(mesh, heads):
     return _apart(mesh, qkv, weight, lambda *qkv, **axes: attention.dense_attention(*qkv, **call, **axes))
 
 
+def explicit(mesh, per_head):
+  """By name of a split: largest difference where arrays carry it, from raster to raster; how the result is split."""
+  grid, text_len = blocks.BlockGrid(6, 5, 2, 1), 6
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(2, text_len + 30, 4, 8)).astype(np.float32)
+  text_mask = np.arange(text_len) < np.array([[6], [3]])
+  valid = grid.valid()[None]
+
+  def run(x, text_mask, valid):
+    cut = blocks.to_blocks(x, grid, text_len)
+    pooled = blocks.pool(cut[:, text_len:], grid.block_size, valid)
+    real = blocks.block_mask(valid, grid.block_size)
+    kept = gating.select_blocks(pooled, pooled, 4, per_head=per_head, force_self=True, block_mask=real)
+    options = {"text_len": text_len, "text_mask": text_mask}
+    sparse = sparse_attention(cut, cut, cut, kept, block_size=grid.block_size, key_mask=valid, **options)
+    out = blocks.from_blocks(sparse, grid, text_len) + attention.dense_attention(x, x, x, **options)
+    return jnp.sum(jnp.sin(out)), out
+
+  program = jax.value_and_grad(run, has_aux=True)
+  want = jax.jit(program)(x, text_mask, valid)
+  report = {}
+  for name, spec in SPLITS.items():
+    with jax.set_mesh(mesh):
+      places = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (spec, spec[:1], ()))
+      given = [jax.device_put(*pair) for pair in zip((x, text_mask, valid), places, strict=True)]
+      # Outside jit as well, once: every operation is compiled alone then.
+      got = (program if name == "both" and per_head else jax.jit(program))(*given)
+    report[name] = _difference(got, want), list(got[0][1].sharding.spec)
+  return report
+
+
 def _apart(mesh, qkv, weight, attend):
   def run(**axes):
     def loss(*qkv):
@@ -51,10 +89,13 @@ def _apart(mesh, qkv, weight, attend):
     place = NamedSharding(mesh, PartitionSpec("data", None, "model"))
     program = run(**AXES).lower(*(jax.device_put(x, place) for x in qkv)).compile()
     got = program(*(jax.device_put(x, place) for x in qkv))
+  return _difference(got, want), program.as_text().count(" all-gather(")
+
+
+def _difference(got, want):
   pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
   # The sum of the loss alone is over all devices; arrays are compared.
-  apart = max(float(np.max(np.abs(np.asarray(a) - np.asarray(b)))) for a, b in pairs if a.ndim)
-  return apart, program.as_text().count(" all-gather(")
+  return max(float(np.max(np.abs(np.asarray(a) - np.asarray(b)))) for a, b in pairs if a.ndim)
 
 
 def main() -> None:
@@ -63,6 +104,8 @@ def main() -> None:
   report = {
     f"sparse {text} {per_head}": sparse(mesh, per_head, text) for per_head, text in itertools.product((0, 1), TEXTS)
   }
+  by_hand = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+  report |= {f"explicit {per_head}": explicit(by_hand, per_head) for per_head in (0, 1)}
   report |= {f"dense {name}": dense_in_parts(mesh, heads) for name, heads in MASKS.items()}
   sys.stdout.write(json.dumps(report))
 

@@ -17,6 +17,13 @@ class SplitAttentionTest(parameterized.TestCase):
   def test_sparse_attention_with_lists_of_every_kind(self, text, per_head):
     self.assertLess(self.report[f"sparse {text} {per_head}"], _TOLERANCE)
 
+  @parameterized.product(name=tuple(attention_cases.SPLITS), per_head=(0, 1))
+  def test_explicit_axes_need_not_be_named(self, name, per_head):
+    apart, spec = self.report[f"explicit {per_head}"][name]
+    self.assertLess(apart, _TOLERANCE)
+    batch, _, heads = (*attention_cases.SPLITS[name], None, None, None)[:3]
+    self.assertEqual((*spec, None, None, None)[:3], (batch, None, heads))
+
   @parameterized.parameters(*attention_cases.MASKS)
   def test_dense_attention_of_many_tokens_needs_no_other_device(self, mask):
     apart, gathers = self.report[f"dense {mask}"]

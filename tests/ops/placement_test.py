@@ -85,11 +85,15 @@ class PlacementTest(parameterized.TestCase):
     qkv, kept, options, _ = make_case(4, 4, 2, 2, heads=3)
     with self.assertRaisesRegex(ValueError, r"batch_axes: .*mesh \(none: call jax.set_mesh first\), got 'data'"):
       sparse_attention(*qkv, kept, batch_axes="data", **options)
+
+    def trace(**axes):
+      jax.eval_shape(lambda *qkv: sparse_attention(*qkv, kept, **axes, **options), *qkv)
+
     with jax.sharding.use_abstract_mesh(AbstractMesh((2, 2), ("data", "model"))):
       with self.assertRaisesRegex(ValueError, r"batch_axes: .*\('data', 'model'\), got 'fsdp'"):
-        sparse_attention(*qkv, kept, batch_axes=("data", "fsdp"), **options)
+        trace(batch_axes=("data", "fsdp"))
       with self.assertRaisesRegex(ValueError, "head_axes: axis 'model' of 2 devices does not divide the 3 it splits"):
-        sparse_attention(*qkv, kept, head_axes="model", **options)
+        trace(head_axes="model")
 
 
 if __name__ == "__main__":

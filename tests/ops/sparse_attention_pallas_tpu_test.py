@@ -102,7 +102,7 @@ class LoweringTest(parameterized.TestCase):
     q, k, v, kept = arguments(512, 2, 64)
     with on_tpus(1, 1):
       skipped = lowered((q.update(shape=(1, 512, 2, 64)), k, v, kept), text_len=128, text_queries=False)
-      sparse = lowered((q, k, v, kept), text_len=128, text_kept=jnp.zeros((1, 1, 1, 3), jnp.int32))
+      sparse = lowered((q, k, v, kept), text_len=128, text_kept=np.zeros((1, 1, 1, 3), np.int32))
     for module in (skipped, sparse):
       self.assertEqual(module.count("stablehlo.custom_call @tpu_custom_call"), 2)
 
