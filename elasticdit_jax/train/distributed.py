@@ -59,7 +59,7 @@ def initialize(coordinator: str | None, processes: int | None, index: int | None
     How many processes there are.
 
   Raises:
-    ValueError: where some of the three are given and the others cannot be found.
+    ValueError: where some of the three are given and the others cannot be found, or a CPU host does not know its name.
     TimeoutError: where process 0 cannot be reached, or its port is taken.
   """
   given = {"--coordinator": coordinator, "--processes": processes, "--process": index}
@@ -103,6 +103,7 @@ def joined(*place: Any, **options: Any) -> Iterator[int]:
 def _join(given: dict[str, Any], seconds: int) -> None:
   address, processes, index = given.values()
   if os.environ.get("JAX_PLATFORMS", "") == "cpu":
+    _check_own_name()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
   told = (
     f"after {0.9 * seconds:.0f} s not all {processes or ''} processes have joined at {address or 'process 0'}: start"
@@ -127,6 +128,15 @@ def _join(given: dict[str, Any], seconds: int) -> None:
   _client().key_value_set(f"{_HOST}/{jax.process_index()}", f"{socket.gethostname()}:{os.getpid()}")
   if jax.process_index():
     logging.set_verbosity(min(logging.get_verbosity(), logging.WARNING))
+
+
+def _check_own_name() -> None:
+  """Gloo listens at the address of this host's name, and says no more than a number where there is none."""
+  name = socket.gethostname()
+  try:
+    socket.getaddrinfo(name, None)
+  except OSError as e:
+    raise ValueError(f"{name}, the name of this host, has no address ({e}); add it to /etc/hosts") from e
 
 
 def _client() -> Any:

@@ -1,5 +1,7 @@
 """When this process is one of several; alone, meetings are over at once."""
 
+import os
+import socket
 from unittest import mock
 
 from absl.testing import absltest, parameterized
@@ -37,6 +39,12 @@ class DistributedTest(parameterized.TestCase):
     with mock.patch.object(distributed, "has_tpu", return_value=True), self.assertLogs(level="INFO") as logs:
       self.assertEqual(distributed.initialize(None, None, None, seconds=5), 1)
     self.assertIn("one host", logs.output[0])
+
+  def test_a_host_whose_name_has_no_address_is_told(self):
+    no_address = mock.patch.object(socket, "getaddrinfo", side_effect=socket.gaierror("Name or service not known"))
+    with no_address, mock.patch.dict(os.environ, {"JAX_PLATFORMS": "cpu"}):
+      with self.assertRaisesRegex(ValueError, f"{socket.gethostname()}.*not known.*add it to /etc/hosts"):
+        distributed.initialize("localhost:1", 2, 0, seconds=5)
 
   def test_alone_everybody_is_here(self):
     self.assertEqual(distributed.exchange("x", "mine"), ["mine"])
