@@ -39,7 +39,7 @@ def dense_attention(
     text_queries: False where nobody reads the text rows: q then holds the image tokens alone, and so does the result.
     scale: head_dim ** -0.5 where None.
     batch_axes: where the program is split over devices, the mesh axes over which B is split. They matter on CPU, where
-      many tokens are a loop over heads, which XLA would not split by itself.
+      many tokens are a loop over heads, which XLA would not split by itself. Explicit axes need not be named.
     head_axes: the mesh axes over which heads are split.
 
   Returns:
@@ -52,17 +52,19 @@ def dense_attention(
   check_qkv(q, k, v, text_len, text_mask, text_queries)
   if image_mask is not None:
     _check_image_mask(image_mask, q, k, text_len, text_queries)
-  if placement.platform() == "cpu":
-    weigh = partial(_head_major_attention, scale=q.shape[-1] ** -0.5 if scale is None else scale)
-    places = {"batch_axes": batch_axes, "head_axes": head_axes} if _long(q, k) else {}
-  else:
-    weigh, places = partial(jax.nn.dot_product_attention, scale=scale), {}
+  on_cpu = placement.platform() == "cpu"
+  weigh = partial(_head_major_attention, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+  if not on_cpu:
+    weigh = partial(jax.nn.dot_product_attention, scale=scale)
 
-  def attend(q, k, v, text_mask, image_mask):
+  def attend(q, k, v, image_mask, text_mask):
     return weigh(q, k, v, mask=_joined_mask(q.shape[1], k, text_len, text_mask, image_mask))
 
-  masks = {"text_mask": text_mask if text_len else None}
-  return placement.over_batch_and_heads(attend, q, k, v, {"image_mask": image_mask}, masks, **places)
+  text_mask = text_mask if text_len else None
+  if not on_cpu or not _long(q, k):
+    return placement.undivided(attend, q, k, v, image_mask, text_mask)
+  lists, masks = {"image_mask": image_mask}, {"text_mask": text_mask}
+  return placement.over_batch_and_heads(attend, q, k, v, lists, masks, batch_axes=batch_axes, head_axes=head_axes)
 
 
 def _joined_mask(queries: int, k: Array, text_len: int, text_mask: Array | None, image_mask: Array | None):

@@ -7,6 +7,8 @@ positions belong to the raster: rotate first, then call `to_blocks`.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,9 +96,10 @@ class BlockGrid:
     return (row[:, None] * self.columns + column).reshape(-1)
 
 
-def _place(x: Array, *_, **__) -> PartitionSpec:
-  batch, _, *rest = placement.axes_in_type(x)
-  return PartitionSpec(batch, None, *rest)
+def _place(arguments: Mapping[str, Any]) -> PartitionSpec:
+  """Tokens are not split in results, what stands before and after them is as in the first argument."""
+  axes = placement.axes_in_type(next(iter(arguments.values())))
+  return PartitionSpec(*axes[:1], None, *axes[2:])
 
 
 @placement.under_explicit_axes(_place)

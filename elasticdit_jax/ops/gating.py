@@ -6,6 +6,8 @@ entries would be no more than rho / T_b of it.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +32,9 @@ def num_kept(num_blocks: int, sparsity: float) -> int:
   return max(1, num_blocks - math.floor(num_blocks * sparsity + 1e-6))
 
 
-def _place(q_blocks: Array, *_, per_head: bool = False, **__) -> PartitionSpec:
-  batch, _, heads, _ = placement.axes_in_type(q_blocks)
-  return PartitionSpec(batch, heads if per_head else None)
+def _place(arguments: Mapping[str, Any]) -> PartitionSpec:
+  axes = placement.axes_in_type(arguments["q_blocks"])
+  return PartitionSpec(*axes[:1], *(axes[2:3] if arguments.get("per_head") else ()))
 
 
 @placement.under_explicit_axes(_place)

@@ -4,10 +4,13 @@ A kernel is opaque to XLA's partitioner: in a program split over devices it has 
 is why this file, beside train/sharding.py, speaks of meshes: it reads the one the caller has set and owns none.
 """
 
+import contextlib
 import functools
+import inspect
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +46,9 @@ def cores_per_device() -> int:
 
 def product_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
   """In which products of arrays of this dtype run fastest here: float32 for bfloat16 on many CPUs, else the dtype."""
+  dtype = jnp.dtype(dtype)
   slow = dtype == jnp.bfloat16 and platform() == "cpu" and not _multiplies_bfloat16()
-  return jnp.dtype(jnp.float32 if slow else dtype)
+  return jnp.dtype(jnp.float32) if slow else dtype
 
 
 @functools.cache
@@ -71,38 +75,51 @@ def on_one_device() -> bool:
 
 
 def axes_in_type(x: Array) -> tuple[Axes, ...]:
-  """For every dimension of x the explicit mesh axes over which it is split, which its type names; () or None: none."""
+  """For every dimension of x the explicit mesh axes over which it is split, which its type names; else None."""
   typed = jax.typeof(x)
   return (*typed.sharding.spec, *[None] * typed.ndim)[: typed.ndim]
 
 
-def under_explicit_axes(place: Callable[..., PartitionSpec]) -> Callable[[Callable], Callable]:
-  """Decorator: the function also works under a mesh with explicit axes, which are what jax.make_mesh makes by default.
+def under_explicit_axes(place: Callable[[Mapping[str, Any]], PartitionSpec]) -> Callable[[Callable], Callable]:
+  """Decorator: the function also works where mesh axes are explicit, which are what jax.make_mesh makes by default.
 
   Within, XLA divides the work over them as it does over automatic ones.
 
   Args:
-    place: from the function's arguments to the axes over which its result is split.
+    place: from the function's arguments by name to the explicit axes over which its result is split.
   """
 
   def decorate(function):
+    signature = inspect.signature(function)
+
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
-      if not jax.sharding.get_abstract_mesh().explicit_axes:
-        return function(*args, **kwargs)
       leaves, tree = jax.tree.flatten((args, kwargs))
       where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, (jax.Array, np.ndarray))]
+      arrays = [leaves[i] for i in where]
+      mesh = _mesh_of(arrays)
+      if not mesh.explicit_axes:
+        return function(*args, **kwargs)
 
       def call(*arrays):
         filled = dict(enumerate(leaves)) | dict(zip(where, arrays, strict=True))
         args, kwargs = jax.tree.unflatten(tree, filled.values())
         return function(*args, **kwargs)
 
-      return jax.sharding.auto_axes(call, out_sharding=place(*args, **kwargs))(*(leaves[i] for i in where))
+      out = place(signature.bind(*args, **kwargs).arguments)
+      unset = not jax.sharding.get_abstract_mesh().axis_names
+      with jax.sharding.use_abstract_mesh(mesh) if unset else contextlib.nullcontext():
+        return jax.sharding.auto_axes(call, axes=mesh.explicit_axes, out_sharding=out)(*arrays)
 
     return wrapped
 
   return decorate
+
+
+def _mesh_of(arrays: Sequence[Array]) -> jax.sharding.AbstractMesh:
+  """The caller's mesh; where none is set, that which the types of these arrays name, since JAX computes there."""
+  meshes = (jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in arrays))
+  return next((mesh for mesh in meshes if mesh.axis_names), meshes[0])
 
 
 def split(x: jax.Array, *axes: Axes) -> jax.Array:
@@ -147,8 +164,8 @@ def _names(axes: Axes) -> tuple[str, ...]:
   return (axes,) if isinstance(axes, str) else axes or ()
 
 
-def _like_queries(attend: Callable, q: Array, *_, **__) -> PartitionSpec:
-  batch, _, heads, _ = axes_in_type(q)
+def _like_queries(arguments: Mapping[str, Any]) -> PartitionSpec:
+  batch, _, heads, _ = axes_in_type(arguments["q"])
   return PartitionSpec(batch, None, heads)
 
 
@@ -165,7 +182,7 @@ def over_batch_and_heads(
 ) -> jax.Array:
   """attend(q, k, v, **lists, **masks) on every device's own samples and heads, under jax.shard_map: no communication.
 
-  Without axes, over those in the type of q; XLA divides the work where there are none.
+  Explicit axes need not be given: the type of q names them. Without any axis XLA divides the work.
 
   Args:
     attend: the attention of the samples and heads that it is given.
@@ -178,14 +195,27 @@ def over_batch_and_heads(
     head_axes: mesh axes over which heads are split.
 
   Returns:
-    Like q, split like q.
+    Like q, its samples and heads split like those of q.
 
   Raises:
     ValueError: without a mesh, for an axis it does not have, or one that does not divide what it splits.
   """
-  if batch_axes is None and head_axes is None:
-    batch_axes, _, head_axes, _ = axes_in_type(q)
-  return _split_attention(attend, q, k, v, lists, masks, batch_axes, head_axes)
+  named = {*_names(batch_axes), *_names(head_axes)}
+  typed = (None if named.intersection(_names(axes)) else axes for axes in axes_in_type(q)[::2])
+  places = (axes if named is None else named for named, axes in zip((batch_axes, head_axes), typed, strict=True))
+  return _split_attention(attend, q, k, v, lists, masks, *places)
+
+
+def undivided(attend: Callable[..., jax.Array], q: Array, k: Array, v: Array, *more: Array | None) -> jax.Array:
+  """attend(q, k, v, *more), with the division of the work left to XLA; like q, its samples and heads split like q's."""
+  if jax.sharding.get_abstract_mesh().manual_axes:  # JAX has no gradients of automatic axes within manual ones.
+    return attend(q, k, v, *more)
+  return _undivided(attend, q, k, v, *more)
+
+
+@under_explicit_axes(_like_queries)
+def _undivided(attend, q, k, v, *more):
+  return attend(q, k, v, *more)
 
 
 @under_explicit_axes(_like_queries)

@@ -6,6 +6,7 @@ python -m tests.multi_device.attention_cases
 import itertools
 import json
 import sys
+from functools import partial
 from unittest import mock
 
 import jax
@@ -76,6 +77,35 @@ def explicit(mesh, per_head):
   return report
 
 
+def beside_explicit(axis_types):
+  """Largest differences, and counts of gathers, where explicit axes are not all there is or are not all in use."""
+  qkv, kept, options, _ = make_case(4, 6, 2, 3, batch=2, heads=4, text_len=0)
+  mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=axis_types)
+  rows = PartitionSpec("data")
+
+  def put(x, *spec):
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+  def sparse(q, k, v, kept, **axes):
+    return sparse_attention(q, k, v, kept, **options, **axes)
+
+  def dense(q, k, v, _, **axes):
+    return attention.dense_attention(q, k, v, 0, **axes)
+
+  report = {}
+  for name, call in (("sparse", sparse), ("dense", dense)):
+    want = call(*qkv, kept)
+    given = *(put(x, "data", None, "model") for x in qkv), put(kept, "data")
+    report[f"{name}, mesh not set"] = _difference(jax.jit(call)(*given), want), 0
+    with jax.set_mesh(mesh):
+      program = jax.jit(partial(call, head_axes="model")).lower(*given).compile()
+      report[f"{name}, one axis named"] = _difference(program(*given), want), program.as_text().count(" all-gather(")
+      inside = jax.shard_map(call, in_specs=rows, out_specs=rows, axis_names={"data"})
+      got = jax.jit(inside)(*(put(x, "data") for x in (*qkv, kept)))
+      report[f"{name}, inside a partial shard_map"] = _difference(got, want), 0
+  return report
+
+
 def _apart(mesh, qkv, weight, attend):
   def run(**axes):
     def loss(*qkv):
@@ -95,7 +125,7 @@ def _apart(mesh, qkv, weight, attend):
 def _difference(got, want):
   pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
   # The sum of the loss alone is over all devices; arrays are compared.
-  return max(float(np.max(np.abs(np.asarray(a) - np.asarray(b)))) for a, b in pairs if a.ndim)
+  return float(np.max([np.max(np.abs(np.asarray(a) - np.asarray(b))) for a, b in pairs if a.ndim]))
 
 
 def main() -> None:
@@ -106,6 +136,8 @@ def main() -> None:
   }
   by_hand = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
   report |= {f"explicit {per_head}": explicit(by_hand, per_head) for per_head in (0, 1)}
+  free, own = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
+  report |= {"explicit": beside_explicit((own, own)), "mixed": beside_explicit((own, free))}
   report |= {f"dense {name}": dense_in_parts(mesh, heads) for name, heads in MASKS.items()}
   sys.stdout.write(json.dumps(report))
 

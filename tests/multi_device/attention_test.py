@@ -24,6 +24,16 @@ class SplitAttentionTest(parameterized.TestCase):
     batch, _, heads = (*attention_cases.SPLITS[name], None, None, None)[:3]
     self.assertEqual((*spec, None, None, None)[:3], (batch, None, heads))
 
+  @parameterized.product(
+    axes=("explicit", "mixed"),
+    call=("sparse", "dense"),
+    case=("mesh not set", "one axis named", "inside a partial shard_map"),
+  )
+  def test_explicit_axes_beside_others(self, axes, call, case):
+    apart, gathers = self.report[axes][f"{call}, {case}"]
+    self.assertLess(apart, _TOLERANCE)
+    self.assertEqual(gathers, 0)
+
   @parameterized.parameters(*attention_cases.MASKS)
   def test_dense_attention_of_many_tokens_needs_no_other_device(self, mask):
     apart, gathers = self.report[f"dense {mask}"]

@@ -105,6 +105,19 @@ class DenseAttentionTest(parameterized.TestCase):
       memory = jax.jit(loss).lower(long, long, long).compile().memory_analysis()
       self.assertLess(memory.temp_size_in_bytes, 4 * 4096**2)  # the logits of one of eight heads
 
+  @parameterized.parameters("float32", "bfloat16")
+  def test_products_of_bfloat16_in_either_dtype(self, wide):
+    """In float32 weights are not rounded on their way: the output is that of float32 inputs, rounded once."""
+    qkv = inputs(dtype=jnp.bfloat16)
+    expected = np.asarray(attention.dense_attention(*(x.astype(jnp.float32) for x in qkv), 0))
+    with (
+      mock.patch.object(placement, "platform", return_value="cpu"),
+      mock.patch.object(placement, "product_dtype", return_value=jnp.dtype(wide)),
+    ):
+      out = np.asarray(attention.dense_attention(*qkv, 0).astype(jnp.float32))
+    off = np.max(np.abs(out - expected) / np.maximum(np.abs(expected), 2**-6))
+    self.assertEqual(off < 1.01 * 2**-8, wide == "float32")
+
   def test_scale_and_dtype(self):
     q, k, v = inputs(dtype=jnp.bfloat16)
     out = attention.dense_attention(q, k, v, 0, scale=0.0)

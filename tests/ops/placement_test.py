@@ -10,7 +10,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 
-from elasticdit_jax.ops import placement
+from elasticdit_jax.ops import blocks, gating, placement
 from elasticdit_jax.ops.sparse_attention import sparse_attention
 from tests.ops.sparse_attention_test import make_case
 
@@ -46,6 +46,7 @@ class PlacementTest(parameterized.TestCase):
       self.assertEqual(placement._multiplies_bfloat16(), fast)
     with mock.patch.object(placement, "platform", return_value="cpu"):
       self.assertEqual(placement.product_dtype(jnp.bfloat16), jnp.bfloat16 if fast else jnp.float32)
+      self.assertEqual(placement.product_dtype("bfloat16"), jnp.bfloat16 if fast else jnp.float32)
       self.assertEqual(placement.product_dtype("float32"), jnp.float32)
     with mock.patch.object(placement, "platform", return_value="tpu"):
       self.assertEqual(placement.product_dtype("bfloat16"), jnp.bfloat16)
@@ -80,6 +81,19 @@ class PlacementTest(parameterized.TestCase):
     with jax.set_mesh(jax.sharding.Mesh(devices, ("data", "model"))):
       split = jax.jit(lambda *qkv: sparse_attention(*qkv, kept, batch_axes="data", head_axes="model", **options))
       np.testing.assert_allclose(split(*qkv), expected, atol=1e-6)
+
+  def test_bad_input_is_named_under_explicit_axes_too(self):
+    x, lists = jnp.ones((2, 8, 2, 4)), jnp.zeros((2, 1, 2, 1), jnp.int32)
+    with jax.set_mesh(jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)):
+      with self.assertRaisesRegex(ValueError, r"x: expected \[B, 0 text \+ 8 image tokens .* got shape \(8,\)"):
+        blocks.to_blocks(x[0, :, 0, 0], blocks.BlockGrid(4, 2, 2))
+      with self.assertRaisesRegex(ValueError, "q_blocks, k_blocks: expected arrays"):
+        gating.select_blocks(x[0], x[0], 1)
+      with self.assertRaisesRegex(ValueError, "q: expected .* got shape"):
+        sparse_attention(x[0], x, x, lists, text_len=0, block_size=4)
+      with self.assertRaisesRegex(ValueError, "block_size: expected a divisor of the 8 image tokens"):
+        blocks.block_mask(key_mask=jnp.ones((1, 8), bool), block_size=3)
+      np.testing.assert_array_equal(blocks.block_mask(key_mask=jnp.ones((1, 8), bool), block_size=4), [[True, True]])
 
   def test_axes_that_do_not_fit_are_named(self):
     qkv, kept, options, _ = make_case(4, 4, 2, 2, heads=3)
