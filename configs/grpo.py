@@ -12,9 +12,9 @@ Rewards are exact: the detector of the embedded scenes, objects nobody asked for
 report.md in the workdir: scores before and after, on combinations of training and on held-out ones, and what the
 reward cost: flow-matching loss of held-out pictures and diversity. docs/alignment.md explains the fields.
 
-The default is DiffusionNFT. 125 epochs take 24 minutes on one CPU core. Strict score on unseen combinations
-without guidance, before and after, mean of three seeds: max-f8 75 and 87, lite-f8 63 and 80, max-f16 73 and 83,
-lite-f16 55 and 73; held-out flow-matching loss up 2 to 5 %.
+The default is DiffusionNFT. 125 epochs take 16 to 24 minutes on one CPU core. Strict score on unseen combinations
+without guidance, before and after, mean of three seeds: max-f8 72 and 85, lite-f8 60 and 78, max-f16 69 and 79,
+lite-f16 55 and 71; held-out flow-matching loss up 2 to 5 %.
 
 Variants, after the colon, all along the same code:
 
