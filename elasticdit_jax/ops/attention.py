@@ -53,11 +53,10 @@ def dense_attention(
   if image_mask is not None:
     _check_image_mask(image_mask, q, k, text_len, text_queries)
   on_cpu = placement.platform() == "cpu"
-  weigh = partial(_head_major_attention, scale=q.shape[-1] ** -0.5 if scale is None else scale)
-  if not on_cpu:
-    weigh = partial(jax.nn.dot_product_attention, scale=scale)
+  scale = q.shape[-1] ** -0.5 if scale is None else scale
+  weigh = partial(_head_major_attention if on_cpu else jax.nn.dot_product_attention, scale=scale)
 
-  def attend(q, k, v, image_mask, text_mask):
+  def attend(q, k, v, image_mask, text_mask) -> jax.Array:
     return weigh(q, k, v, mask=_joined_mask(q.shape[1], k, text_len, text_mask, image_mask))
 
   text_mask = text_mask if text_len else None
@@ -67,7 +66,9 @@ def dense_attention(
   return placement.over_batch_and_heads(attend, q, k, v, lists, masks, batch_axes=batch_axes, head_axes=head_axes)
 
 
-def _joined_mask(queries: int, k: Array, text_len: int, text_mask: Array | None, image_mask: Array | None):
+def _joined_mask(
+  queries: int, k: Array, text_len: int, text_mask: Array | None, image_mask: Array | None
+) -> jax.Array | None:
   """bool [B, heads or 1, queries or 1, T], or None where every query sees every token."""
   mask = None
   if text_mask is not None:

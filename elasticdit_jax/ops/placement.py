@@ -89,11 +89,11 @@ def under_explicit_axes(place: Callable[[Mapping[str, Any]], PartitionSpec]) -> 
     place: from the function's arguments by name to the explicit axes over which its result is split.
   """
 
-  def decorate(function):
+  def decorate(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     signature = inspect.signature(function)
 
     @functools.wraps(function)
-    def wrapped(*args, **kwargs):
+    def wrapped(*args: Any, **kwargs: Any) -> jax.Array:
       leaves, tree = jax.tree.flatten((args, kwargs))
       where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, (jax.Array, np.ndarray))]
       arrays = [leaves[i] for i in where]
@@ -101,7 +101,7 @@ def under_explicit_axes(place: Callable[[Mapping[str, Any]], PartitionSpec]) -> 
       if not mesh.explicit_axes:
         return function(*args, **kwargs)
 
-      def call(*arrays):
+      def call(*arrays: Array) -> jax.Array:
         filled = dict(enumerate(leaves)) | dict(zip(where, arrays, strict=True))
         args, kwargs = jax.tree.unflatten(tree, filled.values())
         return function(*args, **kwargs)
@@ -177,8 +177,8 @@ def over_batch_and_heads(
   lists: dict[str, Array | None],
   masks: dict[str, Array | None],
   *,
-  batch_axes: Axes = None,
-  head_axes: Axes = None,
+  batch_axes: Axes,
+  head_axes: Axes,
 ) -> jax.Array:
   """attend(q, k, v, **lists, **masks) on every device's own samples and heads, under jax.shard_map: no communication.
 

@@ -19,10 +19,12 @@ class SplitAttentionTest(parameterized.TestCase):
 
   @parameterized.product(name=tuple(attention_cases.SPLITS), per_head=(0, 1))
   def test_explicit_axes_need_not_be_named(self, name, per_head):
-    apart, spec = self.report[f"explicit {per_head}"][name]
+    apart, specs = self.report[f"explicit {per_head}"][name]
     self.assertLess(apart, _TOLERANCE)
     batch, _, heads = (*attention_cases.SPLITS[name], None, None, None)[:3]
-    self.assertEqual((*spec, None, None, None)[:3], (batch, None, heads))
+    for spec in specs["tokens"]:
+      self.assertEqual((*spec, None, None, None)[:3], (batch, None, heads))
+    self.assertEqual((*specs["lists"], None, None)[:2], (batch, heads if per_head else None))
 
   @parameterized.product(
     axes=("explicit", "mixed"),
