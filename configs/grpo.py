@@ -56,7 +56,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.objective = ConfigDict(
     {"name": "grpo", "updates": 2, "clip": 1e-4, "kl": 0.0, "guidance": 1.0, "divergence": "v"}
   )
-  config.objective.update({"spread": "group", "strength": 1.0, "lag": 0.0})
+  config.objective.update({"anchor": 0.0, "spread": "group", "strength": 1.0, "lag": 0.0})
   config.lora = ConfigDict({"rank": 32 if args.lora else 0, "alpha": 64.0})
   config.optimizer = common.adamw(learning_rate=2e-4, warmup_steps=0, decay_fraction=0.0, weight_decay=0.0)
   for field in ("warmup_steps", "decay_fraction"):  # the rate is constant

@@ -217,6 +217,7 @@ def _check(config: Any) -> None:
     ("objective.updates", o.updates >= 1, "at least 1 update an epoch"),
     ("objective.clip", 0 < o.clip < 1, "half the width of the range of ratios, in (0, 1)"),
     ("objective.kl", 0 <= o.kl < math.inf, "a weight of at least 0"),
+    ("objective.anchor", 0 <= o.anchor < math.inf, "a weight of at least 0"),
     ("objective.guidance", 0 <= o.guidance < math.inf, "a scale of at least 0; 1 switches guidance off"),
     ("objective.guidance", o.guidance == 1 or o.kl > 0, "1 where objective.kl is 0: there is no divergence to guide"),
     (

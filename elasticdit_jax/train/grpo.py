@@ -54,7 +54,7 @@ def _absent(config: Any) -> dict[str, float]:
   """Fields that came later or went, as runs without them are made."""
   lag = 0.5 if config.objective.name == "nft" else 0.0
   gone = {"objective.guard": False, "rollout.same_noise": False}
-  return {"objective.guidance": 1.0, "objective.lag": lag, **gone}
+  return {"objective.guidance": 1.0, "objective.lag": lag, "objective.anchor": 0.0, **gone}
 
 
 class _StoppedError(Exception):

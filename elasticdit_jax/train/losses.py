@@ -40,6 +40,9 @@ class Objective:
       they are. The divergence then pulls towards the guided velocity: what guidance does moves into the weights, as far
       as `kl` weighs it, at the price of the loss that those weights were trained on, and one more pass through them.
     divergence: "x", of the means of the steps (Flow-GRPO's; late steps count most), or "v", of the velocities.
+    anchor: weight of the mean of |v - v_reference|^2, never guided, at noised pictures of all times alike, one for each
+      picture; 0 draws none. The other rows lie at the few times that decide a picture; at all others the weights drift
+      in directions that no reward asks for and no divergence sees.
     strength: b of DiffusionNFT, how far its two velocities are apart.
     lag: most of itself that the average that draws keeps from one epoch to the next, for "nft"; see Policy.move_old. 0:
       the weights in training draw, and their own velocities stand for those before an epoch's first update, which saves
@@ -51,8 +54,14 @@ class Objective:
   kl: float = 0.0
   guidance: float = 1.0
   divergence: str = "x"
+  anchor: float = 0.0
   strength: float = 1.0
   lag: float = 0.0
+
+  @property
+  def reads_reference(self) -> bool:
+    """Whether the velocity of the frozen reference is asked for."""
+    return self.kl > 0 or self.anchor > 0
 
 
 @jax.tree_util.register_dataclass
@@ -66,6 +75,7 @@ class Moments:
     text: the prompts, M rows.
     advantage: float32 [M].
     weight: float32 [M]; the loss is the weighted sum over rows.
+    hold: float32 [M], weights of the rows of Objective.anchor, whose `weight` is 0; None where there are none.
     row: the step of the sampler, columns [M]; "nft" reads t alone.
   """
 
@@ -75,6 +85,7 @@ class Moments:
   advantage: Array
   weight: Array
   row: stochastic.Steps
+  hold: Array | None = None
 
 
 def advantages(rewards: Array, spread: str = "group", most: float = MOST) -> np.ndarray:
@@ -106,7 +117,7 @@ def loss(
     v: velocity of the weights in training at moments.x, with gradient.
     v_old: of the weights that drew the pictures, without. Where they are the same weights, stop_gradient(v) makes every
       ratio exactly 1.
-    v_reference: of the frozen reference; None where objective.kl is 0.
+    v_reference: of the frozen reference; None unless objective.reads_reference.
     moments: the rows.
 
   Returns:
@@ -114,11 +125,15 @@ def loss(
   """
   v = v.astype(jnp.float32)
   per_row, metrics = (_contrast if objective.name == "nft" else _clipped)(objective, v, v_old, moments)
-  if v_reference is not None:
+  if objective.kl:
     kl = _divergence(objective, v, v_reference, moments)
     per_row, metrics["kl"] = per_row + objective.kl * kl, kl
   sums = {name: jnp.sum(moments.weight * values) for name, values in metrics.items()}
-  return jnp.sum(moments.weight * per_row), sums
+  total = jnp.sum(moments.weight * per_row)
+  if objective.anchor:
+    sums["anchor"] = jnp.sum(moments.hold * stochastic.squared_distance(v, v_reference))
+    total = total + objective.anchor * sums["anchor"]
+  return total, sums
 
 
 def _clipped(

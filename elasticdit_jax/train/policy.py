@@ -157,6 +157,7 @@ def gradients(
   guidance: jax.Array | None,
   index: jax.Array,
   weight: jax.Array,
+  hold: jax.Array,
   v_old: jax.Array,
   fresh: jax.Array,
   *,
@@ -173,7 +174,8 @@ def gradients(
     rows: (x, goal, row, text, advantage) of a rollout, see rollout.Drawn.
     null, guidance: of the sampler.
     index: int32 [m], which of the M rows.
-    weight: float32 [m], 0 for padding.
+    weight: float32 [m], 0 for padding and for rows of Objective.anchor.
+    hold: float32 [m], weights of these.
     v_old: [m, h, w, C], velocity of the weights that drew; not read where `fresh`.
     fresh: bool [], the weights in training are those that drew: their ratio is exactly 1, whatever was fused how.
     cfg, route, objective: static.
@@ -185,7 +187,7 @@ def gradients(
   x, goal, table, text, advantage = rows
   picture = index % len(text.mask)
   part, chosen = _rows(cfg, (text, advantage), picture), _rows(cfg, (x, goal, table), index)
-  moments = losses.Moments(*chosen[:2], *part, weight, chosen[2])
+  moments = losses.Moments(*chosen[:2], *part, weight, chosen[2], hold)
   row, part = moments.row, moments.text
 
   def objective_of(trained):
@@ -193,9 +195,9 @@ def gradients(
     v = _guided(cfg, weights, moments.x, row.t, part, null, guidance, route)
     before = jnp.where(fresh, jax.lax.stop_gradient(v), v_old)
     anchor = None
-    if objective.kl:
-      scale_of_anchor = guidance if objective.guidance == 1 else jnp.float32(objective.guidance)
-      anchor = jax.lax.stop_gradient(_guided(cfg, reference, moments.x, row.t, part, null, scale_of_anchor, route))
+    if objective.reads_reference:
+      pull = guidance if objective.guidance == 1 else jnp.where(hold > 0, 1.0, objective.guidance)[:, None, None, None]
+      anchor = jax.lax.stop_gradient(_guided(cfg, reference, moments.x, row.t, part, null, pull, route))
     return losses.loss(objective, v, before, anchor, moments)
 
   (value, sums), grads = jax.value_and_grad(objective_of, has_aux=True)(trained)

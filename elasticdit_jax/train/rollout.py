@@ -70,7 +70,7 @@ class Drawn:
   """One route's pictures of an epoch, B = prompts x group in that order, and M = trained times x B rows of update.
 
   Attributes:
-    x, goal: float32 [M, h, w, C], see losses.Moments.
+    x, goal: float32 [M, h, w, C], see losses.Moments; with Objective.anchor the last B rows are its.
     row: columns [M].
     text: B rows.
     prompts: of the B pictures.
@@ -193,6 +193,9 @@ class Sampler:
       row = jax.tree.map(lambda c: np.repeat(np.float32(c[first : first + kept]), len(rows)), steps)
     else:
       x, goal, row = self._renoised(ends, len(rows), route, key)
+    if self._objective.anchor:
+      held = _held(ends, jax.random.fold_in(key, 3), len(rows), self._job.layout)
+      x, goal, row = _joined((x, goal, row), held, self._job.layout)
     return Drawn(x, goal, row, text, rows, np.concatenate(images), total, scores, advantage)
 
   def pictures(
@@ -250,9 +253,8 @@ class Sampler:
     rows, columns = self.grid(route)
     shift = self._job.flow.shift_at(rows * columns // self._job.cfg.patch**2)
     law = (self._job.flow.mean, self._job.flow.std, shift)
-    x, goal, t = _noised(ends, jax.random.fold_in(key, 2), count, self.plan.window, law, self._job.layout)
-    zero = np.zeros(t.shape, np.float32)
-    return x, goal, stochastic.Steps(t, zero, zero, zero, zero, zero, zero, zero)
+    x, goal, row = _noised(ends, jax.random.fold_in(key, 2), count, self.plan.window, law, self._job.layout)
+    return x, goal, row
 
 
 @functools.partial(jax.jit, static_argnames=("count", "layout"))
@@ -263,10 +265,26 @@ def _steps_taken(ways: Sequence[jax.Array], count: int, layout: sharding.Layout)
 
 
 @functools.partial(jax.jit, static_argnames=("count", "times", "law", "layout"))
-def _noised(ends, key, count, times, law, layout) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Batches [b, ...] of finished latents as (x_t, themselves, t) of M = times x count rows."""
+def _noised(ends, key, count, times, law, layout) -> tuple[jax.Array, jax.Array, stochastic.Steps]:
+  """Batches [b, ...] of finished latents as (x_t, themselves, steps to them) of M = times x count rows."""
   time_key, noise_key = jax.random.split(key)
   mean, std, shift = law
   t = path.sample_t(time_key, (times * count,), mean=mean, std=std, shift=shift)
   goal = jnp.tile(jnp.concatenate(ends)[:count], (times, 1, 1, 1))
-  return layout.keep_rows((path.interpolate(goal, jax.random.normal(noise_key, goal.shape), t), goal, t))
+  x = path.interpolate(goal, jax.random.normal(noise_key, goal.shape), t)
+  return layout.keep_rows((x, goal, stochastic.to_data(t)))
+
+
+@functools.partial(jax.jit, static_argnames=("count", "layout"))
+def _held(ends, key, count, layout) -> tuple[jax.Array, jax.Array, stochastic.Steps]:
+  """Batches [b, ...] of finished latents as in `_noised`, one time each, all times alike likely."""
+  time_key, noise_key = jax.random.split(key)
+  goal = jnp.concatenate(ends)[:count]
+  t = jax.random.uniform(time_key, (count,), minval=1e-3)  # at 0 there is no step to take
+  x = path.interpolate(goal, jax.random.normal(noise_key, goal.shape), t)
+  return layout.keep_rows((x, goal, stochastic.to_data(t)))
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _joined(rows: Any, more: Any, layout: sharding.Layout) -> Any:
+  return layout.keep_rows(jax.tree.map(lambda a, b: jnp.concatenate([a, b]), rows, more))

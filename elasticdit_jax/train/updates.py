@@ -62,7 +62,7 @@ class Updater:
     return parts
 
   def _before(self, drawing: Any, d: Drawn, route: Route, index: np.ndarray) -> Iterator[jax.Array]:
-    for rows, _ in micro_batches(index, self.sampler.plan.batch, 0.0):
+    for rows, _ in micro_batches(index, self.sampler.plan.batch, np.zeros_like(index)):
       yield policy_lib.velocities(
         drawing,
         d.x,
@@ -86,9 +86,9 @@ class Updater:
     total, made = None, self.policy
     routes = sum(len(part) > 0 for part in parts.values())
     for route, d in drawn.items():
-      known = before[route]
-      batches = micro_batches(parts[route], self.sampler.plan.batch, 1 / max(len(parts[route]) * routes, 1))
-      for number, (rows, weight) in enumerate(batches):
+      known, share = before[route], self._weights(d, parts[route]) / routes
+      batches = micro_batches(parts[route], self.sampler.plan.batch, share)
+      for number, (rows, (weight, hold)) in enumerate(batches):
         found = policy_lib.gradients(
           state.params,
           state.reference,
@@ -97,6 +97,7 @@ class Updater:
           self.sampler.scale,
           rows,
           weight,
+          hold,
           self._unread(d, len(rows)) if known is None else known[number],
           known is None,
           cfg=made.cfg,
@@ -109,17 +110,27 @@ class Updater:
     grads, sums = total
     return made.apply(state, grads, self.trainable), sums | {"grad_norm": policy_lib.norm(grads)}
 
+  def _weights(self, d: Drawn, index: np.ndarray) -> np.ndarray:
+    """float32 [2, rows]: of the objective, and of its anchor; each sums to 1 where it has rows."""
+    rewarded = len(d.x) - (len(d.advantage) if self.policy.objective.anchor else 0)
+    kinds = np.stack([index < rewarded, index >= rewarded]).astype(np.float32)
+    return kinds / np.maximum(kinds.sum(axis=1, keepdims=True), 1)
+
   def _unread(self, d: Drawn, count: int) -> jax.Array:
     """Stands where a program expects velocities that it will not read."""
     return self.policy.layout.spread(np.zeros((count,) + d.x.shape[1:], np.float32))
 
 
-def micro_batches(index: np.ndarray, size: int, weight: float) -> list[tuple[np.ndarray, np.ndarray]]:
-  """(index int32 [size], weight float32 [size]) that cover `index`; the last is filled up with rows of weight 0."""
-  parts = []
-  for start in range(0, len(index), size):
-    part = index[start : start + size]
-    padded = np.zeros(size, np.int32)
-    padded[: len(part)] = part
-    parts.append((padded, np.where(np.arange(size) < len(part), weight, 0).astype(np.float32)))
-  return parts
+def micro_batches(index: np.ndarray, size: int, weight: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+  """(index int32 [size], weight [..., size]) that cover `index`; the last is filled up with rows of weight 0.
+
+  Args:
+    index: [rows].
+    size: rows of a micro-batch.
+    weight: float32 [..., rows].
+  """
+  missing = -len(index) % size
+  index = np.pad(index.astype(np.int32), (0, missing))
+  weight = np.pad(weight, [(0, 0)] * (weight.ndim - 1) + [(0, missing)])
+  starts = range(0, len(index), size)
+  return [(index[start : start + size], weight[..., start : start + size]) for start in starts]

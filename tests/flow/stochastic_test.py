@@ -6,7 +6,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from scipy import stats
 
-from elasticdit_jax.flow import sampler, stochastic
+from elasticdit_jax.flow import path, sampler, stochastic
 
 MEAN, STD = 0.5, 0.3
 
@@ -109,6 +109,14 @@ class StochasticTest(parameterized.TestCase):
     a, b = np.float32([[0.1, 0.2]]), np.float32([[0.3, -0.2]])
     true = np.mean((a - b) ** 2) / (2 * at.std**2)
     np.testing.assert_allclose(stochastic.divergence(a, b, at), true * -at.dt, rtol=1e-6)
+
+  def test_the_step_to_the_data_is_the_guess(self):
+    x, v = np.random.default_rng(3).normal(size=(2, 4, 2, 2, 3)).astype(np.float32)
+    t = jnp.float32([0.0, 0.2, 0.7, 1.0])
+    row = stochastic.to_data(t)
+    np.testing.assert_allclose(stochastic.mean(x, v, row), path.predict_x0(x, v, t), rtol=1e-6)
+    np.testing.assert_allclose(row.t + row.dt, 0)
+    self.assertFalse(row.noisy.any())
 
   def test_window(self):
     times = sampler.times(6, 3.0)

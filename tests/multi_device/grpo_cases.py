@@ -49,11 +49,11 @@ def brightness(images: np.ndarray, prompts: Sequence[str], metadata: Sequence) -
 
 
 def _run(layout):
-  """State, metrics and rollout after one epoch with adapters, guidance, a divergence and noise in two steps."""
+  """State, metrics and rollout after one epoch: adapters, guidance, divergence, anchor, noise in two steps."""
   model = tiny_model.make(())
   config = config_file.get_config("debug,fast,lora").unlock()
   config.lora.update({"rank": 4, "alpha": 8.0})
-  config.objective.update({"kl": 0.1, "updates": 1, "clip": 0.1})
+  config.objective.update({"kl": 0.1, "updates": 1, "clip": 0.1, "anchor": 0.5})
   job = types.SimpleNamespace(
     cfg=model.cfg,
     codecs={8: _Blocks(jnp.float32(0.3))},

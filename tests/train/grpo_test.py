@@ -177,6 +177,7 @@ class GrpoTest(absltest.TestCase):
         "rollout": {"guidance": 2.0},
       },
       "config.objective.clip": {"objective": {"clip": 0.0}},
+      "config.objective.anchor: expected a weight of at least 0, got -1.0": {"objective": {"anchor": -1.0}},
       "config.objective.lag: expected a share of at least 0, below 1": {"objective": {"lag": 1.0}},
       "config.objective.lag: expected 0 where it is not nft": {"objective": {"lag": 0.5}},
       "unknown reward 'beauty'; there are .*scene_strict": {"rewards": {"weights": "beauty=1"}},

@@ -41,7 +41,7 @@ def rows():
   return jnp.asarray(x), jnp.asarray(goal), row, text, jnp.float32([1.0, -1.0, 2.0, 0.5])
 
 
-def gradients(trained, index, weight, *, guidance=None, objective=None, fresh=True, scale=0.0, v_old=None):
+def gradients(trained, index, weight, *, guidance=None, objective=None, fresh=True, scale=0.0, v_old=None, hold=()):
   """Filled up to eight rows: one program serves most tests."""
   null, missing = model().encoder.encode([""]), 8 - len(index)
   index, weight = [*index, *[7] * missing], [*weight, *[0.0] * missing]
@@ -54,6 +54,7 @@ def gradients(trained, index, weight, *, guidance=None, objective=None, fresh=Tr
     None if guidance is None else jnp.float32(guidance),
     np.int32(index),
     np.float32(weight),
+    np.float32([*hold, *[0.0] * (8 - len(hold))]),
     jnp.zeros((8, 4, 4, 16)) if v_old is None else v_old,
     fresh,
     cfg=model().cfg,
@@ -72,7 +73,7 @@ class PolicyTest(absltest.TestCase):
   def test_parts_add_up_and_padding_counts_nothing(self):
     index = np.array([5, 0, 3, 6, 1, 2])
     whole = gradients(model().params, index, [1 / 6] * 6)
-    batches = updates.micro_batches(index, 4, 1 / 6)
+    batches = updates.micro_batches(index, 4, np.full(6, 1 / 6, np.float32))
     parts = [gradients(model().params, *batch) for batch in batches]
     close(self, policy.add(*parts), whole)
     self.assertEqual(float(whole[1]["ratio_off"]), 0.0)
@@ -111,6 +112,24 @@ class PolicyTest(absltest.TestCase):
     plain, same = gradients(m.params, index, [0.5, 0.5], objective=dataclasses.replace(objective, guidance=1.0))
     self.assertEqual(float(same["kl"]), 0.0)
     self.assertFalse(np.allclose(grads["block_00"]["image_out"]["kernel"], plain["block_00"]["image_out"]["kernel"]))
+
+  def test_the_anchor_is_never_guided_and_needs_no_divergence(self):
+    index, moved = [1, 6], jax.tree.map(lambda p: p * 1.01, model().params)
+    guided = losses.Objective(kl=2.0, divergence="v", guidance=1.5, anchor=0.5)
+    _, found = gradients(moved, index, [0.0, 0.0], hold=[0.5, 0.5], objective=guided)
+    alone = losses.Objective("nft", anchor=0.5)
+    grads, same = gradients(moved, index, [0.0, 0.0], hold=[0.5, 0.5], objective=alone)
+    self.assertEqual(float(found["kl"]), 0.0)
+    np.testing.assert_allclose(found["anchor"], same["anchor"], rtol=1e-3)
+    m = model()
+    x, _, row, text, _ = rows()
+    args = x, row.t, text, m.encoder.encode([""]), None, np.array(index)
+    now, given = (policy.velocities(w, *args, cfg=m.cfg, route=m.routes["lite-f16"]) for w in (moved, m.params))
+    np.testing.assert_allclose(same["anchor"], jnp.mean(jnp.square(now - given)), rtol=1e-4)
+    np.testing.assert_allclose(same["loss"], 0.5 * same["anchor"], rtol=1e-5)
+    self.assertGreater(float(policy.norm(grads)), 0.0)
+    at_rest, _ = gradients(m.params, index, [0.0, 0.0], hold=[0.5, 0.5], objective=alone)
+    self.assertEqual(float(policy.norm(at_rest)), 0.0)
 
   def test_old_velocities_make_the_ratio_of_a_late_update(self):
     index = np.array([0, 1, 4, 7])

@@ -91,6 +91,29 @@ class RolloutTest(parameterized.TestCase):
     images, _ = drawing.pictures(model.params, d.prompts, route, jax.random.key(0))
     np.testing.assert_array_equal(images, d.images)
 
+  @parameterized.parameters("grpo", "nft")
+  def test_rows_of_the_anchor_come_last_at_all_times(self, name):
+    plan = PLAN if name == "grpo" else dataclasses.replace(PLAN, rule="ode", guidance=1.0)
+    model, plain = make(losses.Objective(name, divergence="v"), plan)
+    _, drawing = make(losses.Objective(name, divergence="v", anchor=1.0), plan)
+    prompts = [Prompt(text, "all", {}) for text in TEXTS * 40]
+    way = model.params, prompts, model.routes["lite-f16"], jax.random.key(0), 1
+    d, before = drawing.rollout(*way), plain.rollout(*way)
+    pictures = len(d.prompts)
+    self.assertEqual((len(d.x), len(before.x)), (3 * pictures, 2 * pictures))
+    for found, same in zip(
+      jax.tree.leaves((d.x, d.goal, d.row)), jax.tree.leaves((before.x, before.goal, before.row)), strict=True
+    ):
+      np.testing.assert_array_equal(found[: 2 * pictures], same)
+    # Finished latents with as much noise as their time says, at times that fill (0, 1) evenly.
+    x, goal, t = (np.asarray(a)[2 * pictures :] for a in (d.x, d.goal, d.row.t))
+    at = t[:, None, None, None]
+    noise = (x - (1 - at) * goal) / np.maximum(at, 0.1)
+    np.testing.assert_allclose(noise[t > 0.1].std(), 1, atol=0.02)
+    np.testing.assert_allclose(np.quantile(t, [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.1)
+    if name == "nft":
+      np.testing.assert_array_equal(goal, d.goal[:pictures])
+
   def test_windows_reach_every_place_and_no_other(self):
     plan = dataclasses.replace(PLAN, window=2, first=1, last=3)
     found = {plan.window_at(0, epoch) for epoch in range(40)}

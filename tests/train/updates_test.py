@@ -50,17 +50,20 @@ class SplitTest(absltest.TestCase):
     np.testing.assert_array_equal(np.concatenate(again), np.concatenate(parts))
 
   def test_the_last_batch_is_filled_up(self):
-    batches = updates.micro_batches(np.arange(6) + 1, 4, 0.5)
+    weights = np.float32([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]])
+    batches = updates.micro_batches(np.arange(6) + 1, 4, weights)
     np.testing.assert_array_equal([index for index, _ in batches], [[1, 2, 3, 4], [5, 6, 0, 0]])
-    np.testing.assert_array_equal([weight for _, weight in batches], np.float32([[0.5] * 4, [0.5, 0.5, 0, 0]]))
+    np.testing.assert_array_equal(batches[0][1], weights[:, :4])
+    np.testing.assert_array_equal(batches[1][1], [[5, 6, 0, 0], [2, 1, 0, 0]])
 
 
 class UpdateTest(absltest.TestCase):
   def test_gradient_is_that_of_the_mean_with_equal_routes(self):
     """Against one call for each route, weights written out: three pictures of one weigh as much as one of the other."""
-    for lag in (0.0, 0.5):  # the weights in training stand for those that drew, or velocities of these are asked for
-      with self.subTest(lag=lag):
-        self._check_gradient(dataclasses.replace(PULL, lag=lag))
+    # The weights in training stand for those that drew, or velocities of these are asked for.
+    for lag, anchor in ((0.0, 0.0), (0.5, 0.0), (0.0, 3.0)):
+      with self.subTest(lag=lag, anchor=anchor):
+        self._check_gradient(dataclasses.replace(PULL, lag=lag, anchor=anchor))
 
   def _check_gradient(self, objective):
     made, m = updater(objective, batch=4, learning_rate=1e3), policy_test.model()
@@ -73,6 +76,8 @@ class UpdateTest(absltest.TestCase):
     step = jax.tree.map(lambda old, new: 1e-3 * (old - new), state.params, after.params)
     policy_test.close(self, step, grads, 1e-3)
     np.testing.assert_allclose(sums["kl"], found["kl"], rtol=1e-4)
+    if objective.anchor:
+      self.assertLess(sums["anchor"], 1e-12)  # the weights are still the given ones
     self.assertEqual(int(after.updates), 1)
     # A route without rows takes no weight from the others.
     _, sums = made.epoch(state, m.params, {first: rollouts[first], second: drawn([0, 0, 0, 0])}, 0)
@@ -80,8 +85,11 @@ class UpdateTest(absltest.TestCase):
 
   def _gradients(self, made, state, route, d, share):
     """Of one route, whose rows weigh `share` together, in one batch."""
-    every, null = np.arange(8), made.sampler.null
+    every, null, objective = np.arange(8), made.sampler.null, made.policy.objective
     chosen = np.isin(every % COUNT, np.flatnonzero(d.advantage))
+    # The last time of each picture is the anchor's, where there is one.
+    held = chosen & (every >= COUNT) if objective.anchor else np.zeros(8, bool)
+    chosen = chosen & ~held
     args = state.params, d.x, d.row.t, d.text, null, None, every
     return policy.gradients(
       state.params,
@@ -91,11 +99,12 @@ class UpdateTest(absltest.TestCase):
       None,
       every,
       np.float32(share * chosen / chosen.sum()),
+      np.float32(share * held / max(held.sum(), 1)),
       policy.velocities(*args, cfg=made.policy.cfg, route=route),
       False,
       cfg=made.policy.cfg,
       route=route,
-      objective=PULL,
+      objective=objective,
       scale=0.0,
       layout=made.policy.layout,
     )
