@@ -35,14 +35,15 @@ class Objective:
     name: one of OBJECTIVES. "grpo-guard" is GRPO-Guard (arXiv 2510.22319): ratios centred and scaled alike at every
       step, steps weighted by 1 / -dt.
     clip: half width of the range of ratios that are trained; "nft" has none.
-    kl: weight of the divergence from the reference; 0 leaves the reference out of the program.
+    kl: weight of the divergence from the reference; 0 leaves it out of the rows that rewards speak about.
     guidance: scale of classifier-free guidance of that reference, where velocities in training have none; 1: guided as
       they are. The divergence then pulls towards the guided velocity: what guidance does moves into the weights, as far
       as `kl` weighs it, at the price of the loss that those weights were trained on, and one more pass through them.
     divergence: "x", of the means of the steps (Flow-GRPO's; late steps count most), or "v", of the velocities.
-    anchor: weight of the mean of |v - v_reference|^2, never guided, at noised pictures of all times alike, one for each
-      picture; 0 draws none. The other rows lie at the few times that decide a picture; at all others the weights drift
-      in directions that no reward asks for and no divergence sees.
+    anchor: weight of the mean of |v - v_reference|^2, never guided, in rows of its own: every finished picture, noised
+      at one time, uniform from 0 to two standard deviations below the middle of the times of training; 0 draws none.
+      Hardly any other row lies there, so that the weights would drift in directions that no reward asks for and no
+      divergence sees.
     strength: b of DiffusionNFT, how far its two velocities are apart.
     lag: most of itself that the average that draws keeps from one epoch to the next, for "nft"; see Policy.move_old. 0:
       the weights in training draw, and their own velocities stand for those before an epoch's first update, which saves
@@ -71,12 +72,12 @@ class Moments:
 
   Attributes:
     x: where the velocity is asked for, float32 [M, h, w, C].
-    goal: where the sampler went from there; "nft": the finished latents. Shape of x.
+    goal: where the sampler went from there; "nft" and the anchor: the finished latents. Shape of x.
     text: the prompts, M rows.
     advantage: float32 [M].
-    weight: float32 [M]; the loss is the weighted sum over rows.
+    weight: float32 [M]; the loss is the weighted sum over rows, and that of the anchor.
     hold: float32 [M], weights of the rows of Objective.anchor, whose `weight` is 0; None where there are none.
-    row: the step of the sampler, columns [M]; "nft" reads t alone.
+    row: the step of the sampler, columns [M]; "nft" reads t alone. Of the anchor: the step to the data.
   """
 
   x: Array

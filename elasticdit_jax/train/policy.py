@@ -190,15 +190,21 @@ def gradients(
   moments = losses.Moments(*chosen[:2], *part, weight, chosen[2], hold)
   row, part = moments.row, moments.text
 
+  def scale_of(guidance):
+    """By row: those of the anchor have none, although they pay for it where others of their batch have."""
+    if guidance is None or not objective.anchor:
+      return guidance
+    return jnp.where(hold > 0, 1.0, guidance)[:, None, None, None]
+
   def objective_of(trained):
     weights = lora.merge(reference, trained, scale) if scale else trained
-    v = _guided(cfg, weights, moments.x, row.t, part, null, guidance, route)
+    v = _guided(cfg, weights, moments.x, row.t, part, null, scale_of(guidance), route)
     before = jnp.where(fresh, jax.lax.stop_gradient(v), v_old)
-    anchor = None
+    given = None
     if objective.reads_reference:
-      pull = guidance if objective.guidance == 1 else jnp.where(hold > 0, 1.0, objective.guidance)[:, None, None, None]
-      anchor = jax.lax.stop_gradient(_guided(cfg, reference, moments.x, row.t, part, null, pull, route))
-    return losses.loss(objective, v, before, anchor, moments)
+      pull = scale_of(guidance if objective.guidance == 1 else objective.guidance)
+      given = jax.lax.stop_gradient(_guided(cfg, reference, moments.x, row.t, part, null, pull, route))
+    return losses.loss(objective, v, before, given, moments)
 
   (value, sums), grads = jax.value_and_grad(objective_of, has_aux=True)(trained)
   return grads if layout is None else layout.keep(grads), sums | {"loss": value}

@@ -67,10 +67,10 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-  """One route's pictures of an epoch, B = prompts x group in that order, and M = trained times x B rows of update.
+  """One route's pictures of an epoch, B = prompts x group in that order, and M = times x B rows of update.
 
   Attributes:
-    x, goal: float32 [M, h, w, C], see losses.Moments; with Objective.anchor the last B rows are its.
+    x, goal: float32 [M, h, w, C], see losses.Moments; all pictures at one time, at the next, ...
     row: columns [M].
     text: B rows.
     prompts: of the B pictures.
@@ -78,6 +78,7 @@ class Drawn:
     rewards: float32 [B], the weighted sum.
     scores: name -> float32 [B].
     advantage: float32 [B].
+    held: how many of the last rows are those of Objective.anchor: B or 0.
   """
 
   x: jax.Array
@@ -89,6 +90,7 @@ class Drawn:
   rewards: np.ndarray
   scores: dict[str, np.ndarray]
   advantage: np.ndarray
+  held: int = 0
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "route", "grid", "kept"))
@@ -193,10 +195,11 @@ class Sampler:
       row = jax.tree.map(lambda c: np.repeat(np.float32(c[first : first + kept]), len(rows)), steps)
     else:
       x, goal, row = self._renoised(ends, len(rows), route, key)
-    if self._objective.anchor:
-      held = _held(ends, jax.random.fold_in(key, 3), len(rows), self._job.layout)
-      x, goal, row = _joined((x, goal, row), held, self._job.layout)
-    return Drawn(x, goal, row, text, rows, np.concatenate(images), total, scores, advantage)
+    held = len(rows) if self._objective.anchor else 0
+    if held:
+      key = jax.random.fold_in(key, 3)
+      x, goal, row = _with_anchor((x, goal, row), ends, key, held, self._law(route), self._job.layout)
+    return Drawn(x, goal, row, text, rows, np.concatenate(images), total, scores, advantage, held)
 
   def pictures(
     self, params: Any, prompts: Sequence[Prompt], route: Route, key: jax.Array
@@ -250,11 +253,14 @@ class Sampler:
     self, ends: Sequence[jax.Array], count: int, route: Route, key: jax.Array
   ) -> tuple[jax.Array, jax.Array, stochastic.Steps]:
     """Finished latents at plan.window new times each, for an objective of the forward process."""
+    key = jax.random.fold_in(key, 2)
+    return _noised(ends, key, count, self.plan.window, self._law(route), self._job.layout)
+
+  def _law(self, route: Route) -> tuple[float, float, float]:
+    """Of times in training: mean, std and shift of path.sample_t."""
     rows, columns = self.grid(route)
-    shift = self._job.flow.shift_at(rows * columns // self._job.cfg.patch**2)
-    law = (self._job.flow.mean, self._job.flow.std, shift)
-    x, goal, row = _noised(ends, jax.random.fold_in(key, 2), count, self.plan.window, law, self._job.layout)
-    return x, goal, row
+    flow = self._job.flow
+    return flow.mean, flow.std, flow.shift_at(rows * columns // self._job.cfg.patch**2)
 
 
 @functools.partial(jax.jit, static_argnames=("count", "layout"))
@@ -275,16 +281,14 @@ def _noised(ends, key, count, times, law, layout) -> tuple[jax.Array, jax.Array,
   return layout.keep_rows((x, goal, stochastic.to_data(t)))
 
 
-@functools.partial(jax.jit, static_argnames=("count", "layout"))
-def _held(ends, key, count, layout) -> tuple[jax.Array, jax.Array, stochastic.Steps]:
-  """Batches [b, ...] of finished latents as in `_noised`, one time each, all times alike likely."""
+@functools.partial(jax.jit, static_argnames=("count", "law", "layout"))
+def _with_anchor(rows, ends, key, count, law, layout) -> tuple[jax.Array, jax.Array, stochastic.Steps]:
+  """`rows` (x, goal, steps), and after them finished latents at a time each that the law hardly ever draws."""
   time_key, noise_key = jax.random.split(key)
+  mean, std, shift = law
   goal = jnp.concatenate(ends)[:count]
-  t = jax.random.uniform(time_key, (count,), minval=1e-3)  # at 0 there is no step to take
+  last = path.shift_t(jax.nn.sigmoid(mean - 2 * std), shift)
+  t = jax.random.uniform(time_key, (count,), minval=1e-3 * last, maxval=last)  # at 0 there is no step to take
   x = path.interpolate(goal, jax.random.normal(noise_key, goal.shape), t)
-  return layout.keep_rows((x, goal, stochastic.to_data(t)))
-
-
-@functools.partial(jax.jit, static_argnames="layout")
-def _joined(rows: Any, more: Any, layout: sharding.Layout) -> Any:
+  more = x, goal, stochastic.to_data(t)
   return layout.keep_rows(jax.tree.map(lambda a, b: jnp.concatenate([a, b]), rows, more))

@@ -1,6 +1,6 @@
 """The updates of an epoch of alignment: which rows of which pictures, micro-batch by micro-batch.
 
-pictures whose advantage is not 0 --x trained times--> rows --objective, divergence--> gradient --> weights
+pictures whose advantage is not 0 --x their times--> rows --objective, divergence, anchor--> gradient --> weights
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ class Updater:
     return parts
 
   def _before(self, drawing: Any, d: Drawn, route: Route, index: np.ndarray) -> Iterator[jax.Array]:
-    for rows, _ in micro_batches(index, self.sampler.plan.batch, np.zeros_like(index)):
+    for rows in micro_batches(np.int32(index), self.sampler.plan.batch):
       yield policy_lib.velocities(
         drawing,
         d.x,
@@ -87,8 +87,8 @@ class Updater:
     routes = sum(len(part) > 0 for part in parts.values())
     for route, d in drawn.items():
       known, share = before[route], self._weights(d, parts[route]) / routes
-      batches = micro_batches(parts[route], self.sampler.plan.batch, share)
-      for number, (rows, (weight, hold)) in enumerate(batches):
+      batches = (micro_batches(array, self.sampler.plan.batch) for array in (np.int32(parts[route]), share))
+      for number, (rows, (weight, hold)) in enumerate(zip(*batches, strict=True)):
         found = policy_lib.gradients(
           state.params,
           state.reference,
@@ -110,9 +110,10 @@ class Updater:
     grads, sums = total
     return made.apply(state, grads, self.trainable), sums | {"grad_norm": policy_lib.norm(grads)}
 
-  def _weights(self, d: Drawn, index: np.ndarray) -> np.ndarray:
+  @staticmethod
+  def _weights(d: Drawn, index: np.ndarray) -> np.ndarray:
     """float32 [2, rows]: of the objective, and of its anchor; each sums to 1 where it has rows."""
-    rewarded = len(d.x) - (len(d.advantage) if self.policy.objective.anchor else 0)
+    rewarded = len(d.x) - d.held
     kinds = np.stack([index < rewarded, index >= rewarded]).astype(np.float32)
     return kinds / np.maximum(kinds.sum(axis=1, keepdims=True), 1)
 
@@ -121,16 +122,7 @@ class Updater:
     return self.policy.layout.spread(np.zeros((count,) + d.x.shape[1:], np.float32))
 
 
-def micro_batches(index: np.ndarray, size: int, weight: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-  """(index int32 [size], weight [..., size]) that cover `index`; the last is filled up with rows of weight 0.
-
-  Args:
-    index: [rows].
-    size: rows of a micro-batch.
-    weight: float32 [..., rows].
-  """
-  missing = -len(index) % size
-  index = np.pad(index.astype(np.int32), (0, missing))
-  weight = np.pad(weight, [(0, 0)] * (weight.ndim - 1) + [(0, missing)])
-  starts = range(0, len(index), size)
-  return [(index[start : start + size], weight[..., start : start + size]) for start in starts]
+def micro_batches(array: np.ndarray, size: int) -> list[np.ndarray]:
+  """Pieces [..., size] of an array [..., rows], in order; the last is filled up with zeros."""
+  array = np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, -array.shape[-1] % size)])
+  return [array[..., start : start + size] for start in range(0, array.shape[-1], size)]

@@ -71,6 +71,8 @@ def _run(layout):
   drawn, original = {}, run._updates
   run._updates = lambda state, drawing, d, n: original(state, drawing, drawn.update(d) or d, n)
   before = run.policy.create(model.params, 0)
+  # Away from the given weights, where divergence and anchor pull.
+  before = dataclasses.replace(before, params=jax.tree.map(lambda p: p + 0.02, before.params))
   after, metrics = run._epoch(before, _PROMPTS, 0)
   return before, after, metrics, drawn[ROUTE]
 

@@ -25,6 +25,8 @@ class ShardedEpochTest(absltest.TestCase):
   def test_learns_what_one_device_does(self):
     self.assertGreater(self.report["moved"], 0)
     self.assertLess(self.report["state"], _TOLERANCE)
+    for name in ("kl", "anchor"):
+      self.assertGreater(self.report["metrics"][name][1], 1e-5, name)
     for name, (got, want) in self.report["metrics"].items():
       np.testing.assert_allclose(got, want, rtol=_TOLERANCE, atol=1e-6, err_msg=name)
 

@@ -218,9 +218,12 @@ class GrpoTest(absltest.TestCase):
   def test_runs_begun_with_fields_that_are_gone_go_on_where_these_did_nothing(self):
     begun = self.config.copy_and_resolve_references().unlock()
     begun.objective.guard, begun.rollout.same_noise = False, False
+    del begun.objective.anchor
     absent = grpo._absent(self.config)
     workdir.claim_workdir(self.workdir, begun, grpo.NEUTRAL, absent)
     workdir.check_workdir(self.workdir, self.config, grpo.NEUTRAL, absent)
+    with self.assertRaisesRegex(ValueError, "objective.anchor: 0.0 -> 1.0"):
+      workdir.check_workdir(self.workdir, self._changed(objective={"anchor": 1.0}), grpo.NEUTRAL, absent)
     begun.objective.guard = True
     with self.assertRaisesRegex(ValueError, "objective.guard: False -> True"):
       workdir.check_workdir(self.workdir, begun, grpo.NEUTRAL, absent)

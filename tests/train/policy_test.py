@@ -73,8 +73,8 @@ class PolicyTest(absltest.TestCase):
   def test_parts_add_up_and_padding_counts_nothing(self):
     index = np.array([5, 0, 3, 6, 1, 2])
     whole = gradients(model().params, index, [1 / 6] * 6)
-    batches = updates.micro_batches(index, 4, np.full(6, 1 / 6, np.float32))
-    parts = [gradients(model().params, *batch) for batch in batches]
+    batches = updates.micro_batches(index, 4), updates.micro_batches(np.full(6, 1 / 6, np.float32), 4)
+    parts = [gradients(model().params, *batch) for batch in zip(*batches, strict=True)]
     close(self, policy.add(*parts), whole)
     self.assertEqual(float(whole[1]["ratio_off"]), 0.0)
     np.testing.assert_allclose(whole[1]["ratio"], 1.0, rtol=1e-6)
@@ -128,6 +128,11 @@ class PolicyTest(absltest.TestCase):
     np.testing.assert_allclose(same["anchor"], jnp.mean(jnp.square(now - given)), rtol=1e-4)
     np.testing.assert_allclose(same["loss"], 0.5 * same["anchor"], rtol=1e-5)
     self.assertGreater(float(policy.norm(grads)), 0.0)
+    # Nor where the sampler is guided: the row beside it is, and has no weight.
+    paper = losses.Objective(divergence="x", anchor=0.5)
+    beside, sums = gradients(moved, index, [0.0, 0.0], guidance=3.0, hold=[0.5, 0.5], objective=paper)
+    np.testing.assert_allclose(sums["anchor"], same["anchor"], rtol=1e-3)
+    close(self, beside, grads, 2e-3)
     at_rest, _ = gradients(m.params, index, [0.0, 0.0], hold=[0.5, 0.5], objective=alone)
     self.assertEqual(float(policy.norm(at_rest)), 0.0)
 
