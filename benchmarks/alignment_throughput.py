@@ -6,7 +6,8 @@
 An epoch (rollout, decoder, rewards, advantages, updates; no looks) is timed beside generate.Pipeline drawing as many
 pictures with as many steps, and the training step of `uwco` (no VAE) over as many rows as the epoch's updates had. The
 share is (sampler + training step) / epoch: 100 % would mean that alignment itself costs nothing. What it adds by design
-counts against it: the velocities of the given weights (`objective.kl`) and of the weights that drew (`objective.lag`).
+counts against it: the velocities of the given weights (`objective.kl`, `objective.anchor`) and of the weights that
+drew (`objective.lag`).
 
 One process, all three in turns; the line is the turn with the median share. CPU time of all threads on a CPU, wall time
 elsewhere. Rows vary from epoch to epoch, so a turn compares an epoch with its own rows.
