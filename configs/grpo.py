@@ -12,9 +12,14 @@ Rewards are exact: the detector of the embedded scenes, objects nobody asked for
 report.md in the workdir: scores before and after, on combinations of training and on held-out ones, and what the
 reward cost: flow-matching loss of held-out pictures and diversity. docs/alignment.md explains the fields.
 
-The default is DiffusionNFT. 125 epochs take 16 to 24 minutes on one CPU core. Strict score on unseen combinations
-without guidance, before and after, mean of three seeds: max-f8 72 and 85, lite-f8 60 and 78, max-f16 69 and 79,
-lite-f16 55 and 71; held-out flow-matching loss up 2 to 5 %.
+The default is DiffusionNFT. 160 epochs take 21 to 23 minutes on one CPU core. Strict score on unseen combinations
+without guidance, before and after, mean of two seeds:
+@NFTDOC@;
+held-out flow-matching loss up 3 to 4 %. Flow-GRPO, here with GRPO-Guard's ratios, along the f8 pair, 35 minutes on one
+core: mean of three seeds max-f8 72 and 82, lite-f8 60 and 73, loss up 2 to 3 %:
+
+    ... --config=configs/grpo.py:guard --config.rollout.routes=max-f8+lite-f8 --config.train.epochs=150 \
+      --config.watch.every=25 --config.watch.prompts=96
 
 Variants, after the colon, all along the same code:
 
@@ -23,7 +28,7 @@ Variants, after the colon, all along the same code:
                given weights
     :fast      noise and training in a window of three of the steps that decide the picture
     :cps       the same with Coefficients-Preserving Sampling
-    :guard     the window with GRPO-Guard's ratios
+    :guard     the window with GRPO-Guard's ratios, held to the given weights at late times: a higher rate for less loss
     :lora      rank-32 adapters instead of full weights, together with any of these
     :debug     64 pixels and two epochs; under 90 s with compilation
 """
