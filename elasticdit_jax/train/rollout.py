@@ -90,7 +90,7 @@ class Drawn:
   rewards: np.ndarray
   scores: dict[str, np.ndarray]
   advantage: np.ndarray
-  held: int = 0
+  held: int
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "route", "grid", "kept"))
@@ -277,8 +277,7 @@ def _noised(ends, key, count, times, law, layout) -> tuple[jax.Array, jax.Array,
   mean, std, shift = law
   t = path.sample_t(time_key, (times * count,), mean=mean, std=std, shift=shift)
   goal = jnp.tile(jnp.concatenate(ends)[:count], (times, 1, 1, 1))
-  x = path.interpolate(goal, jax.random.normal(noise_key, goal.shape), t)
-  return layout.keep_rows((x, goal, stochastic.to_data(t)))
+  return layout.keep_rows(_rows_at(t, goal, noise_key))
 
 
 @functools.partial(jax.jit, static_argnames=("count", "law", "layout"))
@@ -289,6 +288,10 @@ def _with_anchor(rows, ends, key, count, law, layout) -> tuple[jax.Array, jax.Ar
   goal = jnp.concatenate(ends)[:count]
   last = path.shift_t(jax.nn.sigmoid(mean - 2 * std), shift)
   t = jax.random.uniform(time_key, (count,), minval=1e-3 * last, maxval=last)  # at 0 there is no step to take
-  x = path.interpolate(goal, jax.random.normal(noise_key, goal.shape), t)
-  more = x, goal, stochastic.to_data(t)
+  more = _rows_at(t, goal, noise_key)
   return layout.keep_rows(jax.tree.map(lambda a, b: jnp.concatenate([a, b]), rows, more))
+
+
+def _rows_at(t: jax.Array, goal: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array, stochastic.Steps]:
+  """Latents with the noise of times t, themselves, and the steps from one to the other."""
+  return path.interpolate(goal, jax.random.normal(key, goal.shape), t), goal, stochastic.to_data(t)
