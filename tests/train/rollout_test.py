@@ -106,16 +106,19 @@ class RolloutTest(parameterized.TestCase):
     ):
       np.testing.assert_array_equal(found[: 2 * pictures], same)
     # Finished latents with as much noise as their time says.
-    x, goal, t = (np.asarray(a)[2 * pictures :] for a in (d.x, d.goal, d.row.t))
-    at = t[:, None, None, None]
-    noise = ((x - (1 - at) * goal) / at)[t > 0.02]
-    np.testing.assert_allclose(noise.std(), 1, atol=0.02)
+    at = np.asarray(d.row.t)[:, None, None, None]
+    noise = (np.asarray(d.x) - (1 - at) * np.asarray(d.goal)) / at
+    goal, t = (np.asarray(a)[2 * pictures :] for a in (d.goal, d.row.t))
+    clear = t > 0.02
+    np.testing.assert_allclose(noise[2 * pictures :][clear].std(), 1, atol=0.02)
     # Even from 0 to two standard deviations below the middle: where 2 % of the times of training lie.
     drawn = path.sample_t(jax.random.key(0), (10_000,), shift=1.5)
     np.testing.assert_allclose(np.mean(drawn < t.max()), 0.023, atol=0.002)
     np.testing.assert_allclose(np.quantile(t, [0.25, 0.5, 0.75]) / t.max(), [0.25, 0.5, 0.75], atol=0.1)
     if name == "nft":
       np.testing.assert_array_equal(goal, d.goal[:pictures])
+      first, own = (noise[start : start + pictures][clear].reshape(-1) for start in (0, 2 * pictures))
+      self.assertLess(abs(np.corrcoef(first, own)[0, 1]), 0.05)  # noise of its own
 
   def test_windows_reach_every_place_and_no_other(self):
     plan = dataclasses.replace(PLAN, window=2, first=1, last=3)
