@@ -190,20 +190,22 @@ def gradients(
   moments = losses.Moments(*chosen[:2], *part, weight, chosen[2], hold)
   row, part = moments.row, moments.text
 
+  # Rows of the anchor have no guidance; where a micro-batch has no others, its empty branch costs nothing.
+  some = jnp.any(weight > 0) if objective.anchor else True
+
   def scale_of(guidance):
-    """By row: those of the anchor have none, although they pay for it where others of their batch have."""
     if guidance is None or not objective.anchor:
       return guidance
     return jnp.where(hold > 0, 1.0, guidance)[:, None, None, None]
 
   def objective_of(trained):
     weights = lora.merge(reference, trained, scale) if scale else trained
-    v = _guided(cfg, weights, moments.x, row.t, part, null, scale_of(guidance), route)
+    v = _guided(cfg, weights, moments.x, row.t, part, null, scale_of(guidance), route, some)
     before = jnp.where(fresh, jax.lax.stop_gradient(v), v_old)
     given = None
     if objective.reads_reference:
       pull = scale_of(guidance if objective.guidance == 1 else objective.guidance)
-      given = jax.lax.stop_gradient(_guided(cfg, reference, moments.x, row.t, part, null, pull, route))
+      given = jax.lax.stop_gradient(_guided(cfg, reference, moments.x, row.t, part, null, pull, route, some))
     return losses.loss(objective, v, before, given, moments)
 
   (value, sums), grads = jax.value_and_grad(objective_of, has_aux=True)(trained)
@@ -215,13 +217,18 @@ def _rows(cfg: dit.DiTConfig, tree: Any, index: jax.Array) -> Any:
   return jax.tree.map(lambda a: placement.split(jnp.asarray(a)[index], cfg.batch_axes), tree)
 
 
-def _guided(cfg, weights, x, t, text, null, guidance, route) -> jax.Array:
-  """The guided velocity; the unconditional branch passes no gradient, so it costs no backward pass."""
+def _guided(cfg, weights, x, t, text, null, guidance, route, some=True) -> jax.Array:
+  """The guided velocity; the unconditional branch passes no gradient, so it costs no backward pass.
+
+  Where `some`, a bool [], is False every scale is 1, and the branch is not computed.
+  """
   v = velocity(cfg, weights, x, t, text, route)
   if guidance is None:
     return v
   empty = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(x),) + a.shape[1:]), null)
-  v_null = jax.lax.stop_gradient(velocity(cfg, jax.lax.stop_gradient(weights), x, t, empty, route))
+  frozen = jax.lax.stop_gradient(weights)
+  branch = functools.partial(velocity, cfg, frozen, x, t, empty, route)
+  v_null = jax.lax.stop_gradient(branch() if some is True else jax.lax.cond(some, branch, lambda: jnp.zeros_like(v)))
   return v_null + guidance * (v - v_null)
 
 

@@ -51,18 +51,23 @@ class Updater:
     return state, {name: float(np.mean(values)) for name, values in totals.items()}
 
   def split(self, drawn: Mapping[Route, Drawn], number: int) -> list[dict[Route, np.ndarray]]:
-    """The rows of every update of epoch `number`, indices into Drawn's M: all times of a picture in one update."""
+    """The rows of every update of epoch `number`, indices into Drawn's M: all times of a picture in one update.
+
+    One time after the other, so that those of the anchor come last: most of their micro-batches have no other rows, and
+    need neither velocities of the weights that drew nor guidance.
+    """
     rng = np.random.default_rng([self.seed, number, 2])
     parts: list[dict[Route, np.ndarray]] = [{} for _ in range(self.count)]
     for route, d in drawn.items():
       pictures = len(d.advantage)
       rows = rng.permutation(np.flatnonzero(d.advantage))[:, None] + np.arange(0, len(d.x), pictures)
       for part, chosen in zip(parts, np.array_split(rows, self.count), strict=True):
-        part[route] = chosen.reshape(-1)
+        part[route] = chosen.T.reshape(-1)
     return parts
 
   def _before(self, drawing: Any, d: Drawn, route: Route, index: np.ndarray) -> Iterator[jax.Array]:
-    for rows in micro_batches(np.int32(index), self.sampler.plan.batch):
+    rewarded = index[index < len(d.x) - d.held]
+    for rows in micro_batches(np.int32(rewarded), self.sampler.plan.batch):
       yield policy_lib.velocities(
         drawing,
         d.x,
@@ -86,9 +91,10 @@ class Updater:
     total, made = None, self.policy
     routes = sum(len(part) > 0 for part in parts.values())
     for route, d in drawn.items():
-      known, share = before[route], self._weights(d, parts[route]) / routes
+      known, share = iter(before[route] or ()), self._weights(d, parts[route]) / routes
       batches = (micro_batches(array, self.sampler.plan.batch) for array in (np.int32(parts[route]), share))
-      for number, (rows, (weight, hold)) in enumerate(zip(*batches, strict=True)):
+      for rows, (weight, hold) in zip(*batches, strict=True):
+        old = next(known, None)
         found = policy_lib.gradients(
           state.params,
           state.reference,
@@ -98,8 +104,8 @@ class Updater:
           rows,
           weight,
           hold,
-          self._unread(d, len(rows)) if known is None else known[number],
-          known is None,
+          self._unread(d, len(rows)) if old is None else old,
+          old is None,
           cfg=made.cfg,
           route=route,
           objective=made.objective,

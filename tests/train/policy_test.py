@@ -41,9 +41,11 @@ def rows():
   return jnp.asarray(x), jnp.asarray(goal), row, text, jnp.float32([1.0, -1.0, 2.0, 0.5])
 
 
-def gradients(trained, index, weight, *, guidance=None, objective=None, fresh=True, scale=0.0, v_old=None, hold=()):
+def gradients(
+  trained, index, weight, *, guidance=None, objective=None, fresh=True, scale=0.0, v_old=None, hold=(), null=None
+):
   """Filled up to eight rows: one program serves most tests."""
-  null, missing = model().encoder.encode([""]), 8 - len(index)
+  null, missing = null or model().encoder.encode([""]), 8 - len(index)
   index, weight = [*index, *[7] * missing], [*weight, *[0.0] * missing]
   v_old = None if v_old is None else jnp.concatenate([v_old, jnp.zeros((missing, *v_old.shape[1:]))])
   return policy.gradients(
@@ -116,10 +118,12 @@ class PolicyTest(absltest.TestCase):
   def test_the_anchor_is_never_guided_and_needs_no_divergence(self):
     index, moved = [1, 6], jax.tree.map(lambda p: p * 1.01, model().params)
     guided = losses.Objective(kl=2.0, divergence="v", guidance=1.5, anchor=0.5)
-    _, found = gradients(moved, index, [0.0, 0.0], hold=[0.5, 0.5], objective=guided)
+    # A row beside that hardly weighs anything: where there is none, nothing is guided.
+    three, hardly = [*index, 0], [0.0, 0.0, 1e-12]
+    _, found = gradients(moved, three, hardly, hold=[0.5, 0.5], objective=guided)
     alone = losses.Objective("nft", anchor=0.5)
     grads, same = gradients(moved, index, [0.0, 0.0], hold=[0.5, 0.5], objective=alone)
-    self.assertEqual(float(found["kl"]), 0.0)
+    self.assertLess(float(found["kl"]), 1e-9)
     np.testing.assert_allclose(found["anchor"], same["anchor"], rtol=1e-3)
     m = model()
     x, _, row, text, _ = rows()
@@ -128,13 +132,25 @@ class PolicyTest(absltest.TestCase):
     np.testing.assert_allclose(same["anchor"], jnp.mean(jnp.square(now - given)), rtol=1e-4)
     np.testing.assert_allclose(same["loss"], 0.5 * same["anchor"], rtol=1e-5)
     self.assertGreater(float(policy.norm(grads)), 0.0)
-    # Nor where the sampler is guided: the row beside it is, and has no weight.
+    # Nor where the sampler is guided.
     paper = losses.Objective(divergence="x", anchor=0.5)
-    beside, sums = gradients(moved, index, [0.0, 0.0], guidance=3.0, hold=[0.5, 0.5], objective=paper)
+    beside, sums = gradients(moved, three, hardly, guidance=3.0, hold=[0.5, 0.5], objective=paper)
     np.testing.assert_allclose(sums["anchor"], same["anchor"], rtol=1e-3)
     close(self, beside, grads, 2e-3)
     at_rest, _ = gradients(m.params, index, [0.0, 0.0], hold=[0.5, 0.5], objective=alone)
     self.assertEqual(float(policy.norm(at_rest)), 0.0)
+
+  def test_rows_of_the_anchor_alone_compute_no_empty_branch(self):
+    null = model().encoder.encode(["a circle"])
+    null = jax.tree.map(lambda a: a if a.dtype == bool else np.full_like(a, np.nan), null)
+    guided = losses.Objective(kl=2.0, divergence="v", guidance=1.5, anchor=0.5)
+    sampled = losses.Objective(divergence="x", anchor=0.5)
+    for objective, guidance in ((guided, None), (sampled, 3.0)):
+      settings = {"objective": objective, "guidance": guidance, "null": null}
+      grads, sums = gradients(model().params, [1, 6], [0.0, 0.0], hold=[0.5, 0.5], **settings)
+      self.assertTrue(np.isfinite(policy.norm((grads, sums))))
+      grads, sums = gradients(model().params, [1, 6], [0.5, 0.0], hold=[0.0, 0.5], **settings)
+      self.assertFalse(np.isfinite(policy.norm((grads, sums))))
 
   def test_old_velocities_make_the_ratio_of_a_late_update(self):
     index = np.array([0, 1, 4, 7])

@@ -134,6 +134,17 @@ class UpdateTest(absltest.TestCase):
         with self.assertRaisesRegex(AssertionError, "a second pass") if lag else contextlib.nullcontext():
           made.epoch(state, m.params, rollouts, 0)
 
+  def test_rows_of_the_anchor_come_last_and_need_no_velocities_of_the_weights_that_drew(self):
+    m, rollouts = policy_test.model(), {policy_test.model().routes["lite-f16"]: drawn([1, 0, -1, 2], held=COUNT)}
+    made = updater(dataclasses.replace(PULL, lag=0.5, anchor=1.0), batch=2)
+    (part,) = made.split(rollouts, 0)
+    self.assertCountEqual(part[m.routes["lite-f16"]][3:], [4, 6, 7])
+    state = made.policy.create(m.params, 0)
+    with mock.patch.object(policy, "velocities", side_effect=policy.velocities) as asked:
+      made.epoch(state, m.params, rollouts, 0)
+    rows = np.concatenate([call.args[6] for call in asked.call_args_list])
+    self.assertCountEqual(rows, [0, 2, 3, 0])  # the last batch is filled up
+
   def test_rewards_that_say_nothing_change_nothing(self):
     m, made = policy_test.model(), updater(PULL)
     state = made.policy.create(m.params, 0)
