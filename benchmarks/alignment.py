@@ -66,8 +66,8 @@ def measure(options: argparse.Namespace, variant: str, seed: int) -> dict[str, A
       return json.load(f)
   config = grpo_config.get_config(variant).unlock()
   config.init, config.seed = options.init, seed
-  same = grpo_config.get_config()
-  config.rollout.routes, config.watch.prompts = options.routes or same.rollout.routes, same.watch.prompts
+  default = grpo_config.get_config()
+  config.rollout.routes, config.watch.prompts = options.routes or default.rollout.routes, default.watch.prompts
   config.report.per_task = options.per_task
   config.train.epochs, config.watch.every = options.epochs, options.every
   run = TimedRun(trained_alone(aligned.prepare(config.lock(), workdir)), 60 * options.minutes, options.wall)
@@ -119,7 +119,7 @@ def main() -> None:
   """Runs every variant and seed in turn, seeds outermost: there is a table early."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--init", default="shipped", help="model to align")
-  parser.add_argument("--routes", default="", help="as config.rollout.routes; empty: of the default")
+  parser.add_argument("--routes", default="", help="as config.rollout.routes; empty: those of the default")
   parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help="arguments of configs/grpo.py")
   parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
   parser.add_argument("--minutes", type=float, default=5.0, help="time of a run")

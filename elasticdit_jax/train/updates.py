@@ -4,7 +4,7 @@ pictures whose advantage is not 0 --x their times--> rows --objective, divergenc
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,7 +45,7 @@ class Updater:
     totals: dict[str, list[float]] = {}
     for u, part in enumerate(parts):
       if any(map(len, part.values())):
-        state, sums = self._update(state, drawn, part, {route: before.get((u, route)) for route in part})
+        state, sums = self._update(state, drawn, part, {route: before.get((u, route), ()) for route in part})
         for name, value in jax.device_get(sums).items():
           totals.setdefault(name, []).append(float(value))
     return state, {name: float(np.mean(values)) for name, values in totals.items()}
@@ -66,8 +66,7 @@ class Updater:
     return parts
 
   def _before(self, drawing: Any, d: Drawn, route: Route, index: np.ndarray) -> Iterator[jax.Array]:
-    rewarded = index[index < len(d.x) - d.held]
-    for rows in micro_batches(np.int32(rewarded), self.sampler.plan.batch):
+    for rows in micro_batches(np.int32(index[_rewarded(d, index)]), self.sampler.plan.batch):
       yield policy_lib.velocities(
         drawing,
         d.x,
@@ -85,13 +84,13 @@ class Updater:
     state: PolicyState,
     drawn: Mapping[Route, Drawn],
     parts: Mapping[Route, np.ndarray],
-    before: Mapping[Route, list[jax.Array] | None],
+    before: Mapping[Route, Sequence[jax.Array]],
   ) -> tuple[PolicyState, dict[str, jax.Array]]:
     """One update; every route of the group that has rows has the same weight in it."""
     total, made = None, self.policy
     routes = sum(len(part) > 0 for part in parts.values())
     for route, d in drawn.items():
-      known, share = iter(before[route] or ()), self._weights(d, parts[route]) / routes
+      known, share = iter(before[route]), self._weights(d, parts[route]) / routes
       batches = (micro_batches(array, self.sampler.plan.batch) for array in (np.int32(parts[route]), share))
       for rows, (weight, hold) in zip(*batches, strict=True):
         old = next(known, None)
@@ -119,13 +118,18 @@ class Updater:
   @staticmethod
   def _weights(d: Drawn, index: np.ndarray) -> np.ndarray:
     """float32 [2, rows]: of the objective, and of its anchor; each sums to 1 where it has rows."""
-    rewarded = len(d.x) - d.held
-    kinds = np.stack([index < rewarded, index >= rewarded]).astype(np.float32)
+    rewarded = _rewarded(d, index)
+    kinds = np.stack([rewarded, ~rewarded]).astype(np.float32)
     return kinds / np.maximum(kinds.sum(axis=1, keepdims=True), 1)
 
   def _unread(self, d: Drawn, count: int) -> jax.Array:
     """Stands where a program expects velocities that it will not read."""
     return self.policy.layout.spread(np.zeros((count,) + d.x.shape[1:], np.float32))
+
+
+def _rewarded(d: Drawn, index: np.ndarray) -> np.ndarray:
+  """bool, like index: rows that rewards speak about; the others are the anchor's."""
+  return index < len(d.x) - d.held
 
 
 def micro_batches(array: np.ndarray, size: int) -> list[np.ndarray]:

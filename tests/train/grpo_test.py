@@ -210,7 +210,8 @@ class GrpoTest(absltest.TestCase):
       setup = aligned.prepare(config.lock(), str(self.workdir))
       self.assertEqual(setup.job.config.data.size, 128, arg)
       names = [[route.name for route in group] for group in setup.groups]
-      self.assertEqual(names, [["max-f8", "lite-f8"], ["max-f16", "lite-f16"]][: 1 if arg == "guard" else 2], arg)
+      f8, f16 = ["max-f8", "lite-f8"], ["max-f16", "lite-f16"]
+      self.assertEqual(names, [f8] if arg == "guard" else [f8, f16], arg)
       plan = {"": (2, 0, 8), "nft,lora": (2, 0, 8), "paper": (9, 0, 8)}.get(arg, (3, 2, 6))
       self.assertEqual((setup.plan.window, setup.plan.first, setup.plan.last), plan)
     self.assertFalse(self.workdir.exists())

@@ -118,6 +118,8 @@ class PolicyTest(absltest.TestCase):
   def test_the_anchor_is_never_guided_and_needs_no_divergence(self):
     index, moved = [1, 6], jax.tree.map(lambda p: p * 1.01, model().params)
     guided = losses.Objective(kl=2.0, divergence="v", guidance=1.5, anchor=0.5)
+    _, found = gradients(moved, index, [0.0, 0.0], hold=[0.5, 0.5], objective=guided)
+    self.assertEqual(float(found["kl"]), 0.0)
     # A row beside that hardly weighs anything: where there is none, nothing is guided.
     three, hardly = [*index, 0], [0.0, 0.0, 1e-12]
     _, found = gradients(moved, three, hardly, hold=[0.5, 0.5], objective=guided)
