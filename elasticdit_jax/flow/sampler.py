@@ -75,19 +75,21 @@ def sample(
 
 def trajectory(
   velocity_fn: Velocity, noise: Array, times: Array, *, step: Step | None = None, key: jax.Array | None = None
-) -> jax.Array:
-  """Every x on the way of `sample`, float [N + 1, B, ...]: the noise first, the result of `sample` last.
+) -> tuple[jax.Array, jax.Array]:
+  """The way of `sample`, with the same arguments and errors.
 
-  Arguments and errors are those of `sample`.
+  Returns:
+    (every x, float [N + 1, B, ...]: the noise first, the result of `sample` last; the first velocity that each step
+    asked for, [N, B, ...]).
   """
-  _, path_taken = _integrate(velocity_fn, noise, times, step, key, keep=True)
-  return jnp.concatenate([jnp.asarray(noise)[None], path_taken])
+  _, (after, velocities) = _integrate(velocity_fn, noise, times, step, key, keep=True)
+  return jnp.concatenate([jnp.asarray(noise)[None], after]), velocities
 
 
 def _integrate(
   velocity_fn: Velocity, noise: Array, times: Array, step: Step | None, key: jax.Array | None, keep: bool
-) -> tuple[jax.Array, jax.Array | None]:
-  """(last x, x after every step or None)."""
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+  """(last x, (x after every step, its first velocity) or None)."""
   step = euler if step is None else step
   times = jnp.asarray(times, jnp.float32)
   if times.ndim != 1 or times.shape[0] < 2:
@@ -95,15 +97,18 @@ def _integrate(
   noise = jnp.asarray(noise)
   keys = None if key is None else jax.random.split(key, times.shape[0] - 1)
 
-  def velocity(x: Array, t: Array) -> Array:
-    return velocity_fn(x, jnp.full(x.shape[:1], t)).astype(x.dtype)
-
   def body(carry, now):
     x, memory = carry
     t, t_next, step_key = now
+    asked = []
+
+    def velocity(x: Array, t: Array) -> Array:
+      asked.append(velocity_fn(x, jnp.full(x.shape[:1], t)).astype(x.dtype))
+      return asked[-1]
+
     x_next, memory = step.advance(velocity, x, t, t_next, step_key, memory)
     x_next = x_next.astype(x.dtype)
-    return (x_next, memory), x_next if keep else None
+    return (x_next, memory), (x_next, asked[0]) if keep else None
 
   (x, _), path_taken = jax.lax.scan(body, (noise, step.init(noise)), (times[:-1], times[1:], keys))
   return x, path_taken

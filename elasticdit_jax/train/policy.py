@@ -148,6 +148,12 @@ def velocities(
   return _guided(cfg, weights, _rows(cfg, x, index), _rows(cfg, t, index), part, null, guidance, route)
 
 
+@functools.partial(jax.jit, static_argnames="cfg")
+def known(velocity: jax.Array, index: jax.Array, *, cfg: dit.DiTConfig) -> jax.Array:
+  """Rows `index` [m] of velocities that the sampler has asked for, laid out like those of `velocities`."""
+  return _rows(cfg, velocity, index)
+
+
 @functools.partial(jax.jit, static_argnames=("cfg", "route", "objective", "scale", "layout"))
 def gradients(
   trained: Any,

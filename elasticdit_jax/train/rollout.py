@@ -19,11 +19,12 @@ import numpy as np
 
 from elasticdit_jax.elastic import Route
 from elasticdit_jax.flow import guidance as guidance_lib
-from elasticdit_jax.flow import path, sampler, stochastic
+from elasticdit_jax.flow import sampler, stochastic
 from elasticdit_jax.models import dit
 from elasticdit_jax.models.codec import Codec, to_uint8
 from elasticdit_jax.ops import placement
-from elasticdit_jax.train import losses, scoring, sharding
+from elasticdit_jax.train import losses, scoring
+from elasticdit_jax.train import rows as rows_lib
 from elasticdit_jax.train.prompts import Prompt
 from elasticdit_jax.train.rewards import Reward, combine
 from elasticdit_jax.train.step import velocity
@@ -79,6 +80,8 @@ class Drawn:
     scores: name -> float32 [B].
     advantage: float32 [B].
     held: how many of the last rows are those of Objective.anchor: B or 0.
+    velocity: float32 [M - held, h, w, C] at x, guided as the sampler was, of the weights that drew; None where the
+      sampler did not ask for it.
   """
 
   x: jax.Array
@@ -91,6 +94,7 @@ class Drawn:
   scores: dict[str, np.ndarray]
   advantage: np.ndarray
   held: int
+  velocity: jax.Array | None
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "route", "grid", "kept"))
@@ -110,7 +114,7 @@ def draw_batch(
   route: Route,
   grid: tuple[int, int],
   kept: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
   """The compiled sampler.
 
   Args:
@@ -124,7 +128,8 @@ def draw_batch(
     kept: number of steps to keep.
 
   Returns:
-    (x float32 [kept + 1, B, h, w, C] around the kept steps, finished latents [B, h, w, C], pictures uint8).
+    ((x float32 [kept + 1, B, h, w, C] around the kept steps, velocities [kept, B, h, w, C] where they began), finished
+    latents [B, h, w, C], pictures uint8).
   """
   first_key, step_key = jax.random.split(key)
   shape = (*grid, codec.cfg.latent_channels)
@@ -134,8 +139,11 @@ def draw_batch(
     lambda x, t, text: velocity(cfg, params, x, t, text, route), text, null, 1 if guidance is None else guidance
   )
   noise = placement.split(noise, cfg.batch_axes)
-  way = sampler.trajectory(guided, noise, times, step=stochastic.step(steps, index), key=step_key)
-  around = placement.split(jax.lax.dynamic_slice_in_dim(way, first, kept + 1), None, cfg.batch_axes)
+  way, asked = sampler.trajectory(guided, noise, times, step=stochastic.step(steps, index), key=step_key)
+  around = tuple(
+    placement.split(jax.lax.dynamic_slice_in_dim(part, first, count), None, cfg.batch_axes)
+    for part, count in ((way, kept + 1), (asked, kept))
+  )
   end, images = (placement.split(x, cfg.batch_axes) for x in (way[-1], to_uint8(codec.decode(way[-1]))))
   return around, end, images
 
@@ -191,15 +199,15 @@ class Sampler:
     total = combine(scores, self._reward.weights)
     advantage = losses.advantages(total.reshape(len(prompts), -1), self._spread).reshape(-1)
     if of_steps:
-      x, goal = _steps_taken(ways, len(rows), self._job.layout)
+      x, goal, velocity_there = rows_lib.of_steps(ways, len(rows), self._job.layout)
       row = jax.tree.map(lambda c: np.repeat(np.float32(c[first : first + kept]), len(rows)), steps)
     else:
-      x, goal, row = self._renoised(ends, len(rows), route, key)
+      (x, goal, row), velocity_there = self._renoised(ends, len(rows), route, key), None
     held = len(rows) if self._objective.anchor else 0
     if held:
       key = jax.random.fold_in(key, 3)
-      x, goal, row = _with_anchor((x, goal, row), ends, key, held, self._law(route), self._job.layout)
-    return Drawn(x, goal, row, text, rows, np.concatenate(images), total, scores, advantage, held)
+      x, goal, row = rows_lib.with_anchor((x, goal, row), ends, key, held, self._law(route), self._job.layout)
+    return Drawn(x, goal, row, text, rows, np.concatenate(images), total, scores, advantage, held, velocity_there)
 
   def pictures(
     self, params: Any, prompts: Sequence[Prompt], route: Route, key: jax.Array
@@ -213,8 +221,8 @@ class Sampler:
     """Batch by batch; a process's own pictures are scored while the next batch is drawn.
 
     Returns:
-      ([(x around the kept steps, finished latents, pictures: its own, or all of the batch `everywhere`) of each batch,
-      the last one filled up], scores of all rows, text of all rows).
+      ([(x and velocities of the kept steps, finished latents, pictures: its own, or all of the batch `everywhere`) of
+      each batch, the last one filled up], scores of all rows, text of all rows).
     """
     layout, batch = self._job.layout, self.plan.batch
     encoded = self._job.encoder.encode([row.text for row in rows] + [""] * (-len(rows) % batch))
@@ -254,44 +262,10 @@ class Sampler:
   ) -> tuple[jax.Array, jax.Array, stochastic.Steps]:
     """Finished latents at plan.window new times each, for an objective of the forward process."""
     key = jax.random.fold_in(key, 2)
-    return _noised(ends, key, count, self.plan.window, self._law(route), self._job.layout)
+    return rows_lib.renoised(ends, key, count, self.plan.window, self._law(route), self._job.layout)
 
   def _law(self, route: Route) -> tuple[float, float, float]:
     """Of times in training: mean, std and shift of path.sample_t."""
     rows, columns = self.grid(route)
     flow = self._job.flow
     return flow.mean, flow.std, flow.shift_at(rows * columns // self._job.cfg.patch**2)
-
-
-@functools.partial(jax.jit, static_argnames=("count", "layout"))
-def _steps_taken(ways: Sequence[jax.Array], count: int, layout: sharding.Layout) -> tuple[jax.Array, jax.Array]:
-  """Batches [K + 1, b, ...] as M = K x count rows: where each step began, where it went."""
-  way = jnp.concatenate(ways, axis=1)[:, :count]
-  return layout.keep_rows(tuple(part.reshape((-1,) + way.shape[2:]) for part in (way[:-1], way[1:])))
-
-
-@functools.partial(jax.jit, static_argnames=("count", "times", "law", "layout"))
-def _noised(ends, key, count, times, law, layout) -> tuple[jax.Array, jax.Array, stochastic.Steps]:
-  """Batches [b, ...] of finished latents as (x_t, themselves, steps to them) of M = times x count rows."""
-  time_key, noise_key = jax.random.split(key)
-  mean, std, shift = law
-  t = path.sample_t(time_key, (times * count,), mean=mean, std=std, shift=shift)
-  goal = jnp.tile(jnp.concatenate(ends)[:count], (times, 1, 1, 1))
-  return layout.keep_rows(_rows_at(t, goal, noise_key))
-
-
-@functools.partial(jax.jit, static_argnames=("count", "law", "layout"))
-def _with_anchor(rows, ends, key, count, law, layout) -> tuple[jax.Array, jax.Array, stochastic.Steps]:
-  """`rows` (x, goal, steps), and after them finished latents at a time each that the law hardly ever draws."""
-  time_key, noise_key = jax.random.split(key)
-  mean, std, shift = law
-  goal = jnp.concatenate(ends)[:count]
-  last = path.shift_t(jax.nn.sigmoid(mean - 2 * std), shift)
-  t = jax.random.uniform(time_key, (count,), minval=1e-3 * last, maxval=last)  # at 0 there is no step to take
-  more = _rows_at(t, goal, noise_key)
-  return layout.keep_rows(jax.tree.map(lambda a, b: jnp.concatenate([a, b]), rows, more))
-
-
-def _rows_at(t: jax.Array, goal: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array, stochastic.Steps]:
-  """Latents with the noise of times t, themselves, and the steps from one to the other."""
-  return path.interpolate(goal, jax.random.normal(key, goal.shape), t), goal, stochastic.to_data(t)

@@ -67,6 +67,9 @@ class Updater:
 
   def _before(self, drawing: Any, d: Drawn, route: Route, index: np.ndarray) -> Iterator[jax.Array]:
     for rows in micro_batches(np.int32(index[_rewarded(d, index)]), self.sampler.plan.batch):
+      if d.velocity is not None:
+        yield policy_lib.known(d.velocity, rows, cfg=self.policy.cfg)
+        continue
       yield policy_lib.velocities(
         drawing,
         d.x,

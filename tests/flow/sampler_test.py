@@ -119,13 +119,16 @@ class SamplerTest(parameterized.TestCase):
   @parameterized.named_parameters(*RULES)
   def test_trajectory_starts_at_the_noise_and_ends_like_sample(self, step):
     noise, times = jnp.linspace(-2.0, 2.0, 9)[:, None], sampler.times(5, 2.0)
-    way = sampler.trajectory(gaussian_velocity, noise, times, step=step)
+    way, velocities = sampler.trajectory(gaussian_velocity, noise, times, step=step)
     self.assertEqual(way.shape, (6, 9, 1))
     np.testing.assert_array_equal(way[0], noise)
     np.testing.assert_allclose(way[-1], sampler.sample(gaussian_velocity, noise, times, step=step), rtol=1e-6)
     np.testing.assert_allclose(
       way[2], sampler.sample(gaussian_velocity, noise, times[:3], step=step), rtol=1e-6, atol=1e-6
     )
+    for number, t in enumerate(times[:-1]):
+      expected = gaussian_velocity(way[number], jnp.full(9, t))
+      np.testing.assert_allclose(velocities[number], expected, rtol=1e-6, atol=1e-6)
 
   def test_bad_times(self):
     with self.assertRaisesRegex(ValueError, r"times: expected shape \[steps \+ 1\]"):

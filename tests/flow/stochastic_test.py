@@ -132,7 +132,7 @@ class StochasticTest(parameterized.TestCase):
 
   def test_noise_stays_float32_under_a_bfloat16_model(self):
     times = sampler.times(4)
-    path = sampler.trajectory(
+    path, velocities = sampler.trajectory(
       lambda x, t: x.astype(jnp.bfloat16),
       jnp.ones((2, 8)),
       times,
@@ -140,6 +140,7 @@ class StochasticTest(parameterized.TestCase):
       key=jax.random.key(0),
     )
     self.assertEqual((path.shape, path.dtype), ((5, 2, 8), jnp.float32))
+    self.assertEqual((velocities.shape, velocities.dtype), ((4, 2, 8), jnp.float32))
     self.assertTrue(np.any(np.asarray(path[1]) != np.asarray(path[1].astype(jnp.bfloat16), np.float32)))
 
   @parameterized.parameters(

@@ -63,6 +63,7 @@ class RolloutTest(parameterized.TestCase):
     v = policy.velocities(
       model.params, d.x, d.row.t, d.text, drawing.null, drawing.scale, np.arange(2 * count), cfg=model.cfg, route=route
     )
+    np.testing.assert_allclose(d.velocity, v, rtol=1e-3, atol=1e-4)
     noise = (np.asarray(d.goal) - stochastic.mean(d.x, v, d.row)) / np.asarray(d.row.std)[:, None, None, None]
     np.testing.assert_allclose(noise.mean((1, 2, 3)), 0, atol=0.3)
     np.testing.assert_allclose(noise.std((1, 2, 3)), 1, atol=0.2)
@@ -82,6 +83,7 @@ class RolloutTest(parameterized.TestCase):
     route = model.routes["lite-f16"]
     prompts = [Prompt(text, "all", {}) for text in TEXTS]
     d = drawing.rollout(model.params, prompts, route, jax.random.key(0), 0)
+    self.assertIsNone(d.velocity)
     np.testing.assert_array_equal(d.goal[:6], d.goal[6:])
     t = np.asarray(d.row.t)[:, None, None, None]
     noise = (np.asarray(d.x) - (1 - t) * np.asarray(d.goal)) / t

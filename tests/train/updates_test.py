@@ -32,10 +32,11 @@ def updater(objective, count=1, batch=8, learning_rate=1e-3):
   return updates.Updater(made, sampler, count, 7, tuple(model.routes.values()))
 
 
-def drawn(advantage, held=0):
+def drawn(advantage, held=0, velocity=None):
   """Stands for a rollout: only what updates read."""
   x, goal, row, text, _ = policy_test.rows()
-  return types.SimpleNamespace(x=x, goal=goal, row=row, text=text, advantage=np.float32(advantage), held=held)
+  advantage = np.float32(advantage)
+  return types.SimpleNamespace(x=x, goal=goal, row=row, text=text, advantage=advantage, held=held, velocity=velocity)
 
 
 class SplitTest(absltest.TestCase):
@@ -133,6 +134,22 @@ class UpdateTest(absltest.TestCase):
         state = made.policy.create(m.params, 0)
         with self.assertRaisesRegex(AssertionError, "a second pass") if lag else contextlib.nullcontext():
           made.epoch(state, m.params, rollouts, 0)
+
+  def test_velocities_that_the_sampler_asked_for_are_not_asked_for_again(self):
+    m = policy_test.model()
+    route, made = m.routes["lite-f16"], updater(losses.Objective(), count=2, batch=2, learning_rate=1e-2)
+    d, every = drawn([1, 0.5, -1, 2]), np.arange(8)
+    sampler = made.sampler
+    known = policy.velocities(
+      m.params, d.x, d.row.t, d.text, sampler.null, sampler.scale, every, cfg=made.policy.cfg, route=route
+    )
+    after, sums = made.epoch(made.policy.create(m.params, 0), m.params, {route: d}, 0)
+    with mock.patch.object(policy, "velocities", side_effect=AssertionError("a second pass")):
+      d = drawn(d.advantage, velocity=known)
+      again, found = made.epoch(made.policy.create(m.params, 0), m.params, {route: d}, 0)
+    policy_test.close(self, again.params, after.params, 1e-5)
+    self.assertGreater(found["ratio_off"], 1e-5)
+    np.testing.assert_allclose(found["ratio_off"], sums["ratio_off"], rtol=1e-2)
 
   def test_rows_of_the_anchor_come_last_and_need_no_velocities_of_the_weights_that_drew(self):
     m, rollouts = policy_test.model(), {policy_test.model().routes["lite-f16"]: drawn([1, 0, -1, 2], held=COUNT)}
