@@ -4,13 +4,15 @@
 
 One run per variant (arguments of configs/grpo.py) and seed in OUT/VARIANT-SEED, each stopped at the first look after
 the given minutes of CPU time, all threads together. Writes OUT/alignment.json with the curves and OUT/alignment.md, one
-line per variant. On an accelerator give --wall: CPU time means little there. A finished run is not repeated.
+line per variant. On an accelerator give --wall: CPU time means little there. A finished run is not repeated; one that
+was interrupted begins again, because its clock is lost.
 """
 
 import argparse
 import dataclasses
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +23,8 @@ from absl import logging
 from elasticdit_jax.configs import grpo as grpo_config
 from elasticdit_jax.train import aligned, grpo, watch
 
+# Options that decide what a run is.
+_OF_RUN = ("init", "routes", "minutes", "every", "epochs", "per_task", "wall")
 VARIANTS = ("paper", "fast", "cps", "guard", "nft")
 
 
@@ -58,12 +62,21 @@ def trained_alone(setup: aligned.Setup) -> aligned.Setup:
 
 
 def measure(options: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
-  """One run; returns its curves, and scores and losses of the trained routes before and after."""
+  """One run; returns its curves, and scores and losses of the trained routes before and after.
+
+  Raises:
+    ValueError: there is a finished run of other options.
+  """
   workdir = os.path.join(options.out, f"{variant.replace(',', '-')}-{seed}")
   done = os.path.join(workdir, "alignment.json")
+  given = {name: getattr(options, name) for name in _OF_RUN}
   if os.path.isfile(done):
     with open(done) as f:
-      return json.load(f)
+      found = json.load(f)
+    if found["options"] != given:
+      raise ValueError(f"{workdir} was measured with {found['options']}, not {given}; give another --out, or remove it")
+    return found
+  shutil.rmtree(workdir, ignore_errors=True)
   config = grpo_config.get_config(variant).unlock()
   config.init, config.seed = options.init, seed
   default = grpo_config.get_config()
@@ -79,7 +92,9 @@ def measure(options: argparse.Namespace, variant: str, seed: int) -> dict[str, A
     "variant": variant,
     "seed": seed,
     "seconds": run.spent,
+    "options": given,
     "records": run.watch.records,
+    "best": watch.judge(run.watch.records, run.setup.limits).best,
     "before": {name: before[name] for name in names},
     "after": {name: after[name] for name in names},
   }
@@ -95,7 +110,7 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
   for variant in dict.fromkeys(run["variant"] for run in runs):
     rows = [run for run in runs if run["variant"] == variant]
     columns = [
-      [max(record["reward"] for record in run["records"]) for run in rows],
+      [run["records"][run["best"]]["reward"] for run in rows],
       [100 * _score(run["after"], "overall") for run in rows],
       [100 * (_score(run["after"], "overall") - _score(run["before"], "overall")) for run in rows],
       [100 * (_score(run["after"], "counting") - _score(run["before"], "counting")) for run in rows],

@@ -68,7 +68,7 @@ def get_config(arg: str = "") -> ConfigDict:
     del config.optimizer[field]
   config.train = ConfigDict({"epochs": 160, "ema_decay": 0.97, "log_every": 5, "save_every": 20, "keep": 2})
   config.watch = ConfigDict({"every": 20, "prompts": 48, "pictures": 128, "loss": 0.05, "diversity": 0.5})
-  config.watch.patience = 3
+  config.watch.update({"patience": 3, "beyond": ""})
   config.report = ConfigDict({"per_task": 80, "steps": 20, "guidance": 1.0, "pictures": 8})
   config.update({"mesh": common.devices_and_guard()["mesh"]})
   _variant(config, chosen[0] if chosen else "nft")

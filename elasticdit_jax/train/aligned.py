@@ -1,9 +1,7 @@
 """What an alignment is made of before its first picture: the model, prompts, rewards, routes. Bad input stops here."""
 
 import dataclasses
-import json
 import math
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +10,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from elasticdit_jax.data import pipeline
+from elasticdit_jax.data import pipeline, scene_prompts
 from elasticdit_jax.elastic import Route, select_route
 from elasticdit_jax.flow import stochastic
 from elasticdit_jax.interop import model_dir
@@ -48,6 +46,7 @@ class Setup:
     prompts, watched: of training; held-out ones to watch.
     reward: scores pictures.
     limits: when to stop early.
+    beyond: how far beyond the best weights to look at the end, as shares of the way to them from the given ones.
   """
 
   config: Any
@@ -60,6 +59,7 @@ class Setup:
   watched: Sequence[Prompt]
   reward: rewards.Reward
   limits: Limits
+  beyond: tuple[float, ...] = ()
 
   def policy(self, optimizer: Callable[[Any], optax.GradientTransformation]) -> Policy:
     """The static part of the updates; `optimizer` gets the shapes of what is trained."""
@@ -96,19 +96,21 @@ def prepare(config: Any, workdir: str) -> Setup:
   # Cheap checks first: pictures are read last.
   optim.schedule(config.optimizer, config.train.epochs)
   layout = _layout(config)
-  model = model_dir.load(job_lib.init_directory(config))
+  model = scoring.together(lambda: model_dir.load(job_lib.init_directory(config)))
   resolved = _resolved(config, model)
   check_ranges(resolved)
+  beyond = _shares(config.watch.beyond)
   groups = _groups(config, model)
   prompts = _prompts(config, model)
-  reward = rewards.from_config(config.rewards)
+  reward = scoring.together(lambda: rewards.from_config(config.rewards))
+  _check_captions(prompts, reward.names)
   job = _job(resolved, workdir, model, layout)
   watched = prompts.held_out[: config.watch.prompts]
   blank = np.zeros((1, job.config.data.size, job.config.data.size, 3), np.uint8)
   # A reward that does not know a prompt, or whose server is not there, says so now.
   scoring.settle(reward, [reward.submit(blank, [each.text], [each.metadata]) for each in watched])
   limits = Limits(config.watch.loss, config.watch.diversity, config.watch.patience)
-  return Setup(config, job, model.params, model.routes, groups, _plan(config), prompts, watched, reward, limits)
+  return Setup(config, job, model.params, model.routes, groups, _plan(config), prompts, watched, reward, limits, beyond)
 
 
 def _resolved(config: Any, model: model_dir.Model) -> Any:
@@ -164,18 +166,43 @@ def _groups(config: Any, model: model_dir.Model) -> tuple[tuple[Route, ...], ...
 
 
 def _prompts(config: Any, model: model_dir.Model) -> Prompts:
-  given = config.prompts
-  if given.file:
-    found = prompts_lib.from_file(given.file, given.tasks, given.held_out)
-  elif config.data.source == "scenes":
-    found = prompts_lib.scenes(given.tasks, given.held_out)
-  else:
-    raise ValueError("config.prompts.file: pictures of your own have no list of prompts; give a file, one a line")
+  found = scoring.together(lambda: _read_prompts(config))
   rows = [row for rows in found.training.values() for row in rows]
-  told = json.dumps([dataclasses.astuple(row) for row in (*rows, *found.held_out)], sort_keys=True)
-  distributed.check_same("config.prompts", {"checksum": zlib.crc32(told.encode())})
+  distributed.check_same("config.prompts", {"checksum": found.checksum})
   model.encoder.encode([row.text for row in rows])
   model.encoder.encode([row.text for row in found.held_out])
+  return found
+
+
+def _read_prompts(config: Any) -> Prompts:
+  given = config.prompts
+  if given.file:
+    return prompts_lib.from_file(given.file, given.tasks, given.held_out)
+  if config.data.source == "scenes":
+    return prompts_lib.scenes(given.tasks, given.held_out)
+  raise ValueError("config.prompts.file: pictures of your own have no list of prompts; give a file, one a line")
+
+
+def _check_captions(prompts: Prompts, names: Sequence[str]) -> None:
+  """Scene rewards know no other captions; those of training would be asked for in the middle of the run."""
+  if not {"scene_strict", "scene_partial"} & set(names):
+    return
+  for rows in prompts.training.values():
+    for row in rows:
+      try:
+        scene_prompts.parse(row.text)
+      except ValueError as e:
+        raise ValueError(f"config.prompts.file: {e}; scene rewards need captions of the embedded world") from None
+
+
+def _shares(text: str) -> tuple[float, ...]:
+  """config.watch.beyond as numbers."""
+  try:
+    found = tuple(float(part) for part in text.split(",")) if text.strip() else ()
+  except ValueError:
+    found = (math.nan,)
+  if not all(0 < share < math.inf for share in found):
+    raise ValueError(f"config.watch.beyond: expected shares above 0 like '0.15,0.3', or nothing, got {text!r}")
   return found
 
 

@@ -54,7 +54,7 @@ def _absent(config: Any) -> dict[str, float]:
   """Fields that came later or went, as runs without them are made."""
   lag = 0.5 if config.objective.name == "nft" else 0.0
   gone = {"objective.guard": False, "rollout.same_noise": False}
-  return {"objective.guidance": 1.0, "objective.lag": lag, "objective.anchor": 0.0, **gone}
+  return {"objective.guidance": 1.0, "objective.lag": lag, "objective.anchor": 0.0, "watch.beyond": "", **gone}
 
 
 class _StoppedError(Exception):
@@ -122,6 +122,12 @@ class Run:
     if not restored:
       return template, 0
     current, meta = restored
+    checksum = self.setup.prompts.checksum
+    if meta.get("prompts", checksum) != checksum:
+      raise ValueError(
+        f"config.prompts: other prompts than those of the {int(current.step)} epochs in {self.job.workdir}; give the"
+        " file as it was, or another --workdir"
+      )
     self._rewards, self._silent = list(meta["rewards"]), meta.get("silent", 0)
     return current, int(current.step)
 
@@ -140,6 +146,7 @@ class Run:
         "routes": elastic.routes_to_json(self.setup.routes),
         "rewards": list(self._rewards),  # saved in the background, while the next epoch adds its own
         "silent": self._silent,
+        "prompts": self.setup.prompts.checksum,
       },
     )
 
@@ -178,6 +185,17 @@ class Run:
     """Makes the updates of an epoch; known once the policy and the sampler are."""
     return Updater(self.policy, self.sampler, self.config.objective.updates, self.config.seed, self.trainable)
 
+  def _beyond(self, n: int, epoch: int, verdict: Verdict, best: Any, reference: Any) -> tuple[Verdict, Any]:
+    """Looks at weights beyond the best ones, on the line from the given ones; (verdict, weights) that remain."""
+    stop, found = verdict.stop, best
+    training = self.watch.records[-1]["training_reward"]
+    for share in self.setup.beyond:
+      params = self.policy.beyond(reference, best, share)
+      verdict = self.watch.look(n, params, None, training, f"{epoch} + {share:g}")
+      if verdict.best == len(self.watch.records) - 1:
+        found = params
+    return Verdict(verdict.best, stop), found
+
   def _model(self, params: Any, step: int) -> model_dir.Model:
     return self.job.model(
       self.job.layout.local(params), self.setup.routes, {"task": self.config.task, "epochs": str(step)}
@@ -195,7 +213,7 @@ class Run:
     if verdict.stop or n == self.config.train.epochs:
       if verdict.stop:
         logging.warning("stopped at epoch %d: %s", n, verdict.stop)
-      self._finish(n, verdict)
+      self._finish(n, verdict, state.reference)
     if verdict.stop:
       raise _StoppedError
     return state
@@ -204,8 +222,10 @@ class Run:
     """The verdict that counts after a look; another kind of run may add reasons to stop."""
     return verdict
 
-  def _finish(self, n: int, verdict: Verdict) -> None:
+  def _finish(self, n: int, verdict: Verdict, reference: Any) -> None:
     epoch, params = self.watch.best(verdict)
+    if epoch:
+      verdict, params = self._beyond(n, epoch, verdict, params, reference)
     model = self._model(params, epoch)
     distributed.on_first("model", lambda: model_dir.save(os.path.join(self.job.workdir, "model"), model))
     self.snapshots.take(n, f"aligned, {self.config.objective.name}", params, self.setup.routes, None)

@@ -40,10 +40,10 @@ class Objective:
       they are. The divergence then pulls towards the guided velocity: what guidance does moves into the weights, as far
       as `kl` weighs it, at the price of the loss that those weights were trained on, and one more pass through them.
     divergence: "x", of the means of the steps (Flow-GRPO's; late steps count most), or "v", of the velocities.
-    anchor: weight of the mean of |v - v_reference|^2, never guided, in rows of its own: every finished picture, noised
-      at one time, uniform from 0 to two standard deviations below the middle of the times of training; 0 draws none.
-      Hardly any other row lies there, so that the weights would drift in directions that no reward asks for and no
-      divergence sees.
+    anchor: weight of the mean of |v - v_reference|^2, never guided, in rows of its own: pictures whose advantage is not
+      0, finished, and noised at one time, uniform from 0 to two standard deviations below the middle of the times
+      of training; 0 draws none. Hardly any other row lies there, so that the weights would drift in directions that no
+      reward asks for and no divergence sees.
     strength: b of DiffusionNFT, how far its two velocities are apart.
     lag: most of itself that the average that draws keeps from one epoch to the next, for "nft"; see Policy.move_old. 0:
       the weights in training draw, and their own velocities stand for those before an epoch's first update, which saves

@@ -232,4 +232,5 @@ def ema_update(ema: Params, params: Params, step: jax.typing.ArrayLike, decay: f
   """
   step = jnp.asarray(step, jnp.float32)
   d = jnp.minimum(decay, (1 + step) / (10 + step))
-  return jax.tree.map(lambda e, p: e * d + p * (1 - d), ema, params)
+  # In this form an average of what stays the same stays the same, bit for bit.
+  return jax.tree.map(lambda e, p: e + (1 - d) * (p - e), ema, params)

@@ -8,9 +8,11 @@ the rewards as metadata.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,6 +53,13 @@ class Prompts:
   training: Mapping[str, Sequence[Prompt]]
   weights: Mapping[str, float]
   held_out: Sequence[Prompt]
+
+  @functools.cached_property
+  def checksum(self) -> int:
+    """Of every prompt, its tag and its metadata, in order."""
+    rows = [dataclasses.astuple(row) for of_tag in self.training.values() for row in of_tag]
+    told = [rows, [dataclasses.astuple(row) for row in self.held_out]]
+    return zlib.crc32(json.dumps(told, sort_keys=True).encode())
 
   def draw(self, count: int, seed: int, epoch: int) -> list[Prompt]:
     """The prompts of an epoch, a pure function of (seed, epoch); each at most once while its tag has enough."""
@@ -110,6 +119,8 @@ def from_file(path: str, weights: str, held_out: float) -> Prompts:
         raise ValueError(f"config.prompts.file: {path}:{number}: the prompt of line {seen[key]} again; remove one")
       seen[key] = number
       rows.append(prompt)
+  if not rows:
+    raise ValueError(f"config.prompts.file: {path} is empty; expected one prompt a line")
   tags = {row.tag: 0.0 for row in rows}
   for row in rows:
     tags[row.tag] += 1.0
@@ -120,7 +131,7 @@ def from_file(path: str, weights: str, held_out: float) -> Prompts:
 def _parse_line(line: str, where: str) -> Prompt:
   if line.startswith("{"):
     try:
-      fields = json.loads(line)
+      fields = json.loads(line, parse_constant=_no_number)
     except ValueError as e:
       raise ValueError(f"{where}: no JSON ({e})") from None
     text = fields.get("prompt")
@@ -129,6 +140,10 @@ def _parse_line(line: str, where: str) -> Prompt:
   if not isinstance(text, str) or not split_words(text):
     raise ValueError(f"{where}: expected a prompt, or JSON with a field 'prompt', got {line!r:.80}; remove the line")
   return Prompt(text, str(fields.get("tag", _NO_TAG)), fields)
+
+
+def _no_number(name: str) -> None:
+  raise ValueError(f"{name} is no number of JSON")
 
 
 def _split(rows: Sequence[Prompt], weights: Mapping[str, float], share: float) -> Prompts:

@@ -180,6 +180,8 @@ class HttpReward:
     try:
       with self._opener.open(request, timeout=timeout) as response:
         kind, text = response.headers.get("Content-Type", ""), response.read(_MOST_BYTES)
+        if response.length and len(text) < _MOST_BYTES:  # a read with a limit does not say so itself
+          raise _Away(f"hung up {response.length} bytes before the end of its answer")
     except urllib.error.HTTPError as e:
       self._refused(e)
     except TimeoutError as e:
@@ -203,7 +205,10 @@ class HttpReward:
   def _refused(self, error: urllib.error.HTTPError) -> None:
     """Raises what an HTTP status other than 200 means."""
     with error:
-      said = _excerpt(error.read(2000))
+      try:
+        said = _excerpt(error.read(2000))
+      except (OSError, http.client.HTTPException) as e:
+        said = f"{type(e).__name__} in the middle of its message"
     status = f"HTTP {error.code} {error.reason}"
     if error.code in _AWAY:
       raise _Away(status) from error

@@ -1,5 +1,6 @@
 """Scores of pictures that lie on several hosts: each host asks its own rewards, all get all scores.
 
+  together: what one process cannot do, none goes on without
   settle:  every few seconds all processes meet --> all scored: go on | an error: all raise | a stop: all stop
   gather:  settle, then the scores in the order of the pictures, the same on every process
 
@@ -9,7 +10,8 @@ a meeting is named after distributed.WAIT_SECONDS, and a signal ends the wait, a
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -18,6 +20,7 @@ from absl import logging
 from elasticdit_jax.train import distributed, interrupt
 from elasticdit_jax.train.rewards import Pending, Reward, Scores
 
+T = TypeVar("T")
 ROUND_SECONDS = 5.0
 _LOG_SECONDS = 60.0
 
@@ -62,6 +65,17 @@ def settle(reward: Reward, pending: Sequence[Pending]) -> list[Scores]:
       raise interrupt.StopError
 
 
+def together(make: Callable[[], T]) -> T:
+  """What `make` returns; all processes must call it together, and where it raises on one of them it raises on all."""
+  made, error = None, None
+  try:
+    made = make()
+  except Exception as e:
+    error = e
+  _meet(True, error)
+  return made
+
+
 def _meet(done: bool, error: Exception | None) -> list[int]:
   """Processes that are not done; raises the error of this process or else of the first that has one."""
   told = {"done": done}
@@ -74,7 +88,7 @@ def _meet(done: bool, error: Exception | None) -> list[int]:
   for number, other in enumerate(said):
     if "error" in other:
       kind = ValueError if other["usage"] else OSError
-      raise kind(f"rewards: {distributed.described([number])} failed: {other['error']}")
+      raise kind(f"{distributed.described([number])} failed: {other['error']}")
   return [number for number, other in enumerate(said) if not other["done"]]
 
 

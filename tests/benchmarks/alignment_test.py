@@ -1,8 +1,11 @@
 """The benchmark of alignment: its table, and a clock that ends a run."""
 
+import argparse
 import dataclasses
+import json
 import pathlib
 import sys
+import tempfile
 from unittest import mock
 
 from absl.testing import absltest
@@ -25,7 +28,8 @@ def run(variant, seed, gain):
     "variant": variant,
     "seed": seed,
     "seconds": [0.0, 9.0],
-    "records": [{"step": 0, "reward": 0.5}, {"step": 40, "reward": 0.6}],
+    "records": [{"step": 0, "reward": 0.5}, {"step": 20, "reward": 0.6}, {"step": 40, "reward": 0.9}],
+    "best": 1,
     "before": scored(0.5, 0.4, 0.3),
     "after": scored(0.5 + gain, 0.4 + 2 * gain, 0.306),
   }
@@ -42,6 +46,19 @@ class AlignmentTest(absltest.TestCase):
       ["nft", "2", "40", "0.60 ± 0.00", "65.00 ± 5.00", "15.00 ± 5.00", "30.00 ± 10.00", "2.00 ± 0.00"],
     )
     self.assertStartsWith(second, "| fast | 1 |")
+
+  def test_a_finished_run_is_taken_for_no_other(self):
+    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    options = argparse.Namespace(
+      out=str(folder), init="shipped", routes="", minutes=1.0, every=10, epochs=9, per_task=1, wall=False
+    )
+    given = {name: value for name, value in vars(options).items() if name != "out"}
+    (folder / "nft-0").mkdir()
+    (folder / "nft-0" / "alignment.json").write_text(json.dumps({"options": given, "seed": 0}))
+    self.assertEqual(alignment.measure(options, "nft", 0)["seed"], 0)
+    options.minutes = 5.0
+    with self.assertRaisesRegex(ValueError, "was measured with .*'minutes': 1.0.* give another --out"):
+      alignment.measure(options, "nft", 0)
 
   def test_routes_that_are_not_trained_are_left_out(self):
     routes = elastic.standard_routes(4)

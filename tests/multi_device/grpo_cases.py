@@ -49,11 +49,11 @@ def brightness(images: np.ndarray, prompts: Sequence[str], metadata: Sequence) -
 
 
 def _run(layout):
-  """State, metrics and rollout after one epoch: adapters, guidance, divergence, anchor, noise in two steps."""
+  """State, metrics and rollout after one epoch of two updates: adapters, guidance, divergence, anchor, two steps."""
   model = tiny_model.make(())
   config = config_file.get_config("debug,fast,lora").unlock()
   config.lora.update({"rank": 4, "alpha": 8.0})
-  config.objective.update({"kl": 0.1, "updates": 1, "clip": 0.1, "anchor": 0.5})
+  config.objective.update({"kl": 0.1, "updates": 2, "clip": 0.1, "anchor": 0.5})
   job = types.SimpleNamespace(
     cfg=model.cfg,
     codecs={8: _Blocks(jnp.float32(0.3))},
@@ -84,7 +84,7 @@ def main() -> None:
   layout = sharding.make(jax.devices(), fsdp=2, tensor=2)
   before, got, metrics, drawn = _run(layout)
   states = [dataclasses.replace(s, key=s.step) for s in (got, want)]
-  names = ("x", "goal", "rewards", "advantage")
+  names = ("x", "goal", "velocity", "rewards", "advantage")
   sys.stdout.write(
     json.dumps(
       {

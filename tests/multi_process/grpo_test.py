@@ -121,7 +121,7 @@ class GrpoTest(absltest.TestCase):
     self.assertEqual([found["turns"] for found in self.found], [[0, 2, 4], [1, 3]])
 
   def test_rewards_that_fail_on_one_host_end_all(self):
-    self.assertRegex(self.found[0]["failed"], r"ValueError: rewards: process 1 \(.+:\d+\) failed: no such model")
+    self.assertRegex(self.found[0]["failed"], r"ValueError: process 1 \(.+:\d+\) failed: no such model")
     self.assertEqual(self.found[1]["failed"], "ValueError: no such model")
 
   def test_rewards_that_do_not_come_are_named_and_sigterm_to_one_host_ends_the_wait_of_all(self):

@@ -1,5 +1,6 @@
 """The whole task on a few thousand parameters: files, a run that dies between epochs, early stop, bad input."""
 
+import dataclasses
 import json
 from unittest import mock
 
@@ -10,7 +11,7 @@ from absl.testing import absltest
 from configs import grpo as grpo_config
 from elasticdit_jax.generate import Pipeline
 from elasticdit_jax.interop import model_dir, weights
-from elasticdit_jax.train import aligned, grpo, policy, rewards, sharding, watch, workdir
+from elasticdit_jax.train import aligned, grpo, policy, prompts, rewards, sharding, watch, workdir
 from tests.evals import tiny_model
 from tests.train import small
 
@@ -75,11 +76,21 @@ class GrpoTest(absltest.TestCase):
     with _dies_at(3), self.assertRaises(_KilledError):
       grpo.run(self.config, str(self.workdir))
     self.assertFalse((self.workdir / "model").exists())
+    self._check_other_prompts_are_refused()
     grpo.run(self.config, str(self.workdir))
     small.same(self, self._model(self.workdir), self._model(other))
     records, again = (json.loads((w / "watch.json").read_text()) for w in (self.workdir, other))
     self.assertEqual(records, again)
     self._check_files(records)
+
+  def _check_other_prompts_are_refused(self):
+    def fewer(*args, original=prompts.scenes):
+      found = original(*args)
+      return dataclasses.replace(found, held_out=found.held_out[1:])
+
+    with mock.patch.object(prompts, "scenes", fewer):
+      with self.assertRaisesRegex(ValueError, "config.prompts: other prompts than those of the 3 epochs in "):
+        grpo.run(self.config, str(self.workdir))
 
   def _check_files(self, records):
     self.assertEqual([record["step"] for record in records], [0, 2, 4])
@@ -120,6 +131,28 @@ class GrpoTest(absltest.TestCase):
     small.same(self, self._model(self.workdir), self._model(self.workdir.parent, "given"))
     notes = snapshots.return_value.report.call_args.kwargs["notes"]
     self.assertEqual(notes[-1], "Stopped at epoch 2: it is a test.")
+
+  def test_weights_beyond_the_best_remain_where_a_look_says_so(self):
+    for taken in (1, 2):  # of two places beyond the last epoch's weights
+
+      def judge(records, limits, taken=taken):
+        del limits
+        looks = [i for i, record in enumerate(records) if record["weights"] in ("0", "1", "1 + 0.25", "1 + 0.5")]
+        return watch.Verdict(looks[: 2 + taken][-1], "")
+
+      workdir = self.workdir / str(taken)
+      changes = {"rollout": {"routes": "lite-f16"}, "train": {"epochs": 1}, "watch": {"beyond": "0.25, 0.5"}}
+      with mock.patch.object(watch, "judge", judge), mock.patch.object(grpo, "Snapshots") as snapshots:
+        grpo.run(self._changed(**changes), str(workdir))
+      records = json.loads((workdir / "watch.json").read_text())
+      self.assertEqual([record["weights"] for record in records], ["0", "1", "1 + 0.25", "1 + 0.5"])
+      self.assertNotEqual(records[1]["routes"], records[2]["routes"])
+      given, best = self._model(self.workdir.parent, "given"), self._model(workdir, "best")
+      share = 0.25 * taken
+      expected = jax.tree.map(lambda g, b, share=share: b + np.float32(share) * (b - g), given, best)
+      jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), self._model(workdir), expected)
+      notes = snapshots.return_value.report.call_args.kwargs["notes"]
+      self.assertStartsWith(notes[0], f"Weights of epoch 1 + {share:g}, the best of 4 looks")
 
   def test_a_checkpoint_holds_the_rewards_of_its_own_epochs(self):
     """It is written in the background, while the next epoch goes on."""
@@ -183,6 +216,10 @@ class GrpoTest(absltest.TestCase):
       "unknown reward 'beauty'; there are .*scene_strict": {"rewards": {"weights": "beauty=1"}},
       "jpeg_size: expected a finite weight of at least 0": {"rewards": {"weights": "jpeg_size=-1"}},
       "config.prompts.tasks": {"prompts": {"tasks": "counts=1"}},
+      "config.watch.beyond: expected shares above 0 like '0.15,0.3', or nothing, got '0.2,far'": {
+        "watch": {"beyond": "0.2,far"}
+      },
+      "config.watch.beyond: expected shares above 0": {"watch": {"beyond": "-0.2"}},
       "config.train.epochs: expected at least 1 epoch, got 0": {"train": {"epochs": 0}},
       "config.data.size: 72 is not a multiple": {"data": {"size": 72}},
       "config.optimizer.learning_rate": {"optimizer": {"learning_rate": -1.0}},
@@ -192,6 +229,13 @@ class GrpoTest(absltest.TestCase):
         with self.assertRaisesRegex(ValueError, message):
           grpo.run(self._changed(**changes), str(self.workdir))
         self.assertFalse(self.workdir.exists())
+
+  def test_captions_that_scene_rewards_do_not_know(self):
+    file = self.workdir.parent / "prompts.txt"
+    file.write_text("a red circle.\na blue circle.\na green square.\n")
+    changes = {"rewards": {"weights": "scene_strict=1"}, "prompts": {"file": str(file), "tasks": ""}}
+    with self.assertRaisesRegex(ValueError, "config.prompts.file: .* is not a .*; scene rewards need captions"):
+      grpo.run(self._changed(**changes), str(self.workdir))
 
   def test_a_reward_that_fails_says_so_before_the_first_rollout(self):
     def nan(images, prompts, metadata):

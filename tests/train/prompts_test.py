@@ -67,6 +67,8 @@ class FileTest(parameterized.TestCase):
     ("a red circle\n\ntwo squares\n", r"prompts.txt:2: expected a prompt, .* got ''; remove the line"),
     ("a red circle\nA  red circle!\n", r"prompts.txt:2: the prompt of line 1 again; remove one"),
     ('{"prompt": "a"\n', r"prompts.txt:1: no JSON"),
+    ('{"prompt": "a", "weight": NaN}\n', r"prompts.txt:1: no JSON \(NaN is no number of JSON\)"),
+    ("", "prompts.txt is empty; expected one prompt a line"),
     ('{"text": "a"}\n', r"prompts.txt:1: expected a prompt, or JSON with a field 'prompt'"),
     ("a red circle\n", r"1 prompts of 'all' are too few to hold 0.5 out"),
   )

@@ -49,6 +49,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     script = self.server.script.pop(0) if self.server.script else None
     if script == "hang up":
       return self.connection.close()
+    if script == "cut short":
+      self.send_response(200)
+      self.send_header("Content-Length", "1000")
+      self.end_headers()
+      self.wfile.write(b'{"scores": {"far": [')
+      return self.connection.close()
     if script == "late":
       time.sleep(0.4)
     self._reply(*(script if isinstance(script, tuple) else (200, json.dumps(_scores(body)))))
@@ -117,7 +123,7 @@ class HttpRewardTest(parameterized.TestCase):
       self._client(server, retries=2)(_IMAGES, _PROMPTS, _METADATA)
     self.assertLen(server.bodies, 3)
 
-  @parameterized.parameters("hang up", ("late", 0.1), ((503, "loading"),), ((429, "busy"),))
+  @parameterized.parameters("hang up", "cut short", ("late", 0.1), ((503, "loading"),), ((429, "busy"),))
   def test_a_server_that_is_away_is_waited_for(self, script, timeout=10.0):
     client = self._client(self._server(script), timeout=timeout, retries=0)
     with self.assertLogs(logging.get_absl_logger(), "INFO") as logs:

@@ -60,6 +60,16 @@ class ScoringTest(absltest.TestCase):
     with self.assertRaisesRegex(ValueError, "no such prompt"):
       scoring.settle(reward, [reward.submit(_PICTURE, ["a"])])
 
+  def test_what_one_process_cannot_do_none_goes_on_without(self):
+    self.assertEqual(scoring.together(lambda: 3), 3)
+    with self.assertRaisesRegex(ValueError, "no such server"):
+      scoring.together(mock.Mock(side_effect=ValueError("no such server")))
+    told = ['{"done": true}', '{"done": true, "error": "no such server", "usage": true}']
+    described = mock.patch.object(scoring.distributed, "described", str)
+    with described, mock.patch.object(scoring.distributed, "exchange", return_value=told):
+      with self.assertRaisesRegex(ValueError, "1.* failed: no such server"):
+        scoring.together(lambda: 3)
+
   def _train(self, workdir, server, away=0):
     """Five steps that add their scores up; from step `away` on the server is gone, and SIGTERM comes meanwhile."""
     reward = _reward(server)

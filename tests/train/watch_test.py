@@ -45,6 +45,12 @@ class JudgeTest(absltest.TestCase):
     thin = watch.judge(records((0.5, None, 0.3, 0.2), (0.6, 0.6, 0.3, 0.09)), LIMITS)
     self.assertEqual((thin.best, thin.stop), (0, "the diversity of max-f8 is 0.0900, below the limit 0.1000"))
 
+  def test_numbers_that_are_none_are_in_no_band(self):
+    for loss, diversity in ((float("nan"), 0.2), (0.3, float("nan"))):
+      verdict = watch.judge(records((0.5, None, 0.3, 0.2), (0.9, 0.9, loss, diversity)), LIMITS)
+      self.assertEqual(verdict.best, 0)
+      self.assertIn("is nan", verdict.stop)
+
   def test_equal_rewards_keep_the_earlier_model(self):
     rows = records((0.6, None, 0.3, 0.2), (0.6, 0.55, 0.3, 0.2))
     self.assertEqual(watch.judge(rows, LIMITS).best, 0)
