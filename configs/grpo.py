@@ -96,7 +96,7 @@ def _variant(config: ConfigDict, name: str) -> None:
     config.rollout.routes = "max-f8+lite-f8"
     config.objective.update({"name": "grpo-guard", "clip": 2e-6, "kl": 0.005, "guidance": 1.6, "anchor": 0.05})
     config.train.epochs = 150
-    config.watch.update({"every": 25, "prompts": 96})
+    config.watch.update({"every": 25, "prompts": 96, "beyond": "0.15,0.3"})
   elif name == "nft":
     config.rollout.update({"noise": "ode", "window": 2})
     config.objective.update({"name": "nft", "updates": 1, "kl": 0.7, "guidance": 1.5, "anchor": 1.0})

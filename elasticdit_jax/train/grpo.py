@@ -45,6 +45,7 @@ NEUTRAL = (
   "rollout.batch",
   "report.per_task",
   "rewards.servers",
+  "watch.beyond",
 )
 _OF_HOST = "rewards.servers"  # every host may ask one of its own
 _SILENT_EPOCHS = 20  # in a row in which no group had two different rewards

@@ -11,7 +11,7 @@ from absl.testing import absltest
 from configs import grpo as grpo_config
 from elasticdit_jax.generate import Pipeline
 from elasticdit_jax.interop import model_dir, weights
-from elasticdit_jax.train import aligned, grpo, policy, prompts, rewards, sharding, watch, workdir
+from elasticdit_jax.train import aligned, grpo, optim, policy, prompts, rewards, rollout, sharding, watch, workdir
 from tests.evals import tiny_model
 from tests.train import small
 
@@ -106,6 +106,19 @@ class GrpoTest(absltest.TestCase):
     self.assertNotEmpty(list(self.workdir.glob("events.out.tfevents*")))
     drawn = Pipeline.load(self.workdir)("a red circle", "lite-f16", steps=1)
     self.assertEqual(drawn.shape, (1, 64, 64, 3))
+
+  def test_ratios_of_weights_that_have_not_moved_are_one(self):
+    """Velocities of the sampler stand for those of the weights that drew, whatever the batch they were computed in."""
+    config = self._changed(rollout={"routes": "lite-f16", "guidance": 2.0}, optimizer={"learning_rate": 1e-12})
+    setup = aligned.prepare(config, str(self.workdir))
+    run = grpo.Run(setup)
+    run.policy = setup.policy(lambda trained: optim.make(config.optimizer, trained, 1e-12))
+    run.sampler = rollout.Sampler(setup.job, setup.plan, run.policy.objective, "group", setup.reward)
+    state = run.policy.create(setup.weights, 0)
+    after, metrics = run._epoch(state, setup.prompts.draw(2, 0, 0), 0)
+    self.assertEqual(int(after.updates), 2)
+    self.assertLess(metrics["ratio_off"], 1e-6)  # the range that is not clipped is a hundred times as wide
+    self.assertEqual(metrics["clip_fraction"], 0)
 
   def test_adapters_and_the_forward_process(self):
     changes = {
