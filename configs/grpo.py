@@ -68,7 +68,7 @@ def get_config(arg: str = "") -> ConfigDict:
     del config.optimizer[field]
   config.train = ConfigDict({"epochs": 160, "ema_decay": 0.97, "log_every": 5, "save_every": 20, "keep": 2})
   config.watch = ConfigDict({"every": 20, "prompts": 48, "pictures": 128, "loss": 0.05, "diversity": 0.5})
-  config.watch.update({"patience": 3, "beyond": ""})
+  config.watch.patience = 3
   config.report = ConfigDict({"per_task": 80, "steps": 20, "guidance": 1.0, "pictures": 8})
   config.update({"mesh": common.devices_and_guard()["mesh"]})
   _variant(config, chosen[0] if chosen else "nft")
@@ -96,7 +96,7 @@ def _variant(config: ConfigDict, name: str) -> None:
     config.rollout.routes = "max-f8+lite-f8"
     config.objective.update({"name": "grpo-guard", "clip": 2e-6, "kl": 0.005, "guidance": 1.6, "anchor": 0.05})
     config.train.epochs = 150
-    config.watch.update({"every": 25, "prompts": 96, "beyond": "0.15,0.3"})
+    config.watch.update({"every": 25, "prompts": 96})
   elif name == "nft":
     config.rollout.update({"noise": "ode", "window": 2})
     config.objective.update({"name": "nft", "updates": 1, "kl": 0.7, "guidance": 1.5, "anchor": 1.0})

@@ -46,7 +46,6 @@ class Setup:
     prompts, watched: of training; held-out ones to watch.
     reward: scores pictures.
     limits: when to stop early.
-    beyond: how far beyond the best weights to look at the end, as shares of the way to them from the given ones.
   """
 
   config: Any
@@ -59,7 +58,6 @@ class Setup:
   watched: Sequence[Prompt]
   reward: rewards.Reward
   limits: Limits
-  beyond: tuple[float, ...] = ()
 
   def policy(self, optimizer: Callable[[Any], optax.GradientTransformation]) -> Policy:
     """The static part of the updates; `optimizer` gets the shapes of what is trained."""
@@ -99,7 +97,6 @@ def prepare(config: Any, workdir: str) -> Setup:
   model = scoring.together(lambda: model_dir.load(job_lib.init_directory(config)))
   resolved = _resolved(config, model)
   check_ranges(resolved)
-  beyond = _shares(config.watch.beyond)
   groups = _groups(config, model)
   prompts = _prompts(config, model)
   reward = scoring.together(lambda: rewards.from_config(config.rewards))
@@ -110,7 +107,7 @@ def prepare(config: Any, workdir: str) -> Setup:
   # A reward that does not know a prompt, or whose server is not there, says so now.
   scoring.settle(reward, [reward.submit(blank, [each.text], [each.metadata]) for each in watched])
   limits = Limits(config.watch.loss, config.watch.diversity, config.watch.patience)
-  return Setup(config, job, model.params, model.routes, groups, _plan(config), prompts, watched, reward, limits, beyond)
+  return Setup(config, job, model.params, model.routes, groups, _plan(config), prompts, watched, reward, limits)
 
 
 def _resolved(config: Any, model: model_dir.Model) -> Any:
@@ -193,17 +190,6 @@ def _check_captions(prompts: Prompts, names: Sequence[str]) -> None:
         scene_prompts.parse(row.text)
       except ValueError as e:
         raise ValueError(f"config.prompts.file: {e}; scene rewards need captions of the embedded world") from None
-
-
-def _shares(text: str) -> tuple[float, ...]:
-  """config.watch.beyond as numbers."""
-  try:
-    found = tuple(float(part) for part in text.split(",")) if text.strip() else ()
-  except ValueError:
-    found = (math.nan,)
-  if not all(0 < share < math.inf for share in found):
-    raise ValueError(f"config.watch.beyond: expected shares above 0 like '0.15,0.3', or nothing, got {text!r}")
-  return found
 
 
 def _plan(config: Any) -> Plan:

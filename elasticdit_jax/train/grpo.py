@@ -45,7 +45,6 @@ NEUTRAL = (
   "rollout.batch",
   "report.per_task",
   "rewards.servers",
-  "watch.beyond",
 )
 _OF_HOST = "rewards.servers"  # every host may ask one of its own
 _SILENT_EPOCHS = 20  # in a row in which no group had two different rewards
@@ -55,7 +54,7 @@ def _absent(config: Any) -> dict[str, float]:
   """Fields that came later or went, as runs without them are made."""
   lag = 0.5 if config.objective.name == "nft" else 0.0
   gone = {"objective.guard": False, "rollout.same_noise": False}
-  return {"objective.guidance": 1.0, "objective.lag": lag, "objective.anchor": 0.0, "watch.beyond": "", **gone}
+  return {"objective.guidance": 1.0, "objective.lag": lag, "objective.anchor": 0.0, **gone}
 
 
 class _StoppedError(Exception):
@@ -186,17 +185,6 @@ class Run:
     """Makes the updates of an epoch; known once the policy and the sampler are."""
     return Updater(self.policy, self.sampler, self.config.objective.updates, self.config.seed, self.trainable)
 
-  def _beyond(self, n: int, epoch: int, verdict: Verdict, best: Any, reference: Any) -> tuple[Verdict, Any]:
-    """Looks at weights beyond the best ones, on the line from the given ones; (verdict, weights) that remain."""
-    stop, found = verdict.stop, best
-    training = self.watch.records[-1]["training_reward"]
-    for share in self.setup.beyond:
-      params = self.policy.beyond(reference, best, share)
-      verdict = self.watch.look(n, params, None, training, f"{epoch} + {share:g}")
-      if verdict.best == len(self.watch.records) - 1:
-        found = params
-    return Verdict(verdict.best, stop), found
-
   def _model(self, params: Any, step: int) -> model_dir.Model:
     return self.job.model(
       self.job.layout.local(params), self.setup.routes, {"task": self.config.task, "epochs": str(step)}
@@ -214,7 +202,7 @@ class Run:
     if verdict.stop or n == self.config.train.epochs:
       if verdict.stop:
         logging.warning("stopped at epoch %d: %s", n, verdict.stop)
-      self._finish(n, verdict, state.reference)
+      self._finish(n, verdict)
     if verdict.stop:
       raise _StoppedError
     return state
@@ -223,10 +211,8 @@ class Run:
     """The verdict that counts after a look; another kind of run may add reasons to stop."""
     return verdict
 
-  def _finish(self, n: int, verdict: Verdict, reference: Any) -> None:
+  def _finish(self, n: int, verdict: Verdict) -> None:
     epoch, params = self.watch.best(verdict)
-    if epoch:
-      verdict, params = self._beyond(n, epoch, verdict, params, reference)
     model = self._model(params, epoch)
     distributed.on_first("model", lambda: model_dir.save(os.path.join(self.job.workdir, "model"), model))
     self.snapshots.take(n, f"aligned, {self.config.objective.name}", params, self.setup.routes, None)

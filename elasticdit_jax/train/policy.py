@@ -112,15 +112,6 @@ class Policy:
     old = _moved(state.old, state.params, state.step, self.objective.lag, self.layout)
     return dataclasses.replace(state, old=old)
 
-  def beyond(self, given: Any, found: Any, share: float) -> Any:
-    """Weights as far beyond `found` as `share` of the way to them from `given` (ExPO, arXiv 2404.16792)."""
-    return _extrapolated(given, found, share, self.layout)
-
-
-@functools.partial(jax.jit, static_argnames="layout")
-def _extrapolated(given: Any, found: Any, share: jax.Array, layout: sharding.Layout) -> Any:
-  return layout.keep(jax.tree.map(lambda g, f: f + share * (f - g), given, found))
-
 
 @functools.partial(jax.jit, static_argnames=("scale", "layout"))
 def _merge(reference: Any, trained: Any, scale: float, layout: sharding.Layout) -> Any:

@@ -5,7 +5,7 @@ noise in the sampler: the reward of held-out prompts, the flow-matching loss of 
 left the data), and how much the pictures of one prompt differ.
 
 WORKDIR/watch.json  the records
-WORKDIR/best/       the model of the best record of an epoch
+WORKDIR/best/       the model of the best record
 
 Several processes measure together; process 0 writes, and the records that it holds decide on all of them.
 """
@@ -67,7 +67,7 @@ def judge(records: Sequence[Record], limits: Limits) -> Verdict:
 
   Args:
     records: in order, {"step", "training_reward" (None in the first), "reward" (mean over routes), "routes": {name:
-      {"loss", "diversity", ...}}, ...}.
+      {"loss", "diversity", ...}}}.
     limits: see Limits.
   """
   broken = [_broken(record, records[0], limits) for record in records]
@@ -138,21 +138,15 @@ class Watch:
     self.records = [record for record in distributed.from_first("watch", self.records) if record["step"] < start]
 
   def look(
-    self,
-    step: int,
-    params: Any,
-    model: Callable[[], model_dir.Model] | None,
-    training_reward: float | None,
-    label: str = "",
+    self, step: int, params: Any, model: Callable[[], model_dir.Model], training_reward: float | None
   ) -> Verdict:
     """Measures, writes a record, and keeps the model where it is the best so far.
 
     Args:
       step: completed epochs.
       params: the averaged weights.
-      model: makes the same with everything around, to keep; called on all processes or on none. None keeps nothing.
+      model: makes the same with everything around, to keep; called on all processes or on none.
       training_reward: mean over the epochs since the last look; None at the start.
-      label: of weights that are not those of `step` epochs; they are in no curve.
     """
     begin, routes, shown = time.perf_counter(), {}, {}
     for route in self._routes:
@@ -166,15 +160,14 @@ class Watch:
         "diversity": diversity(images.reshape(-1, _PER_PROMPT, *images.shape[1:])),
       }
     reward = float(np.mean([found["reward"] for found in routes.values()]))
-    record = {"step": step, "weights": label or f"{step}", "training_reward": training_reward}
-    record |= {"reward": reward, "routes": routes}
+    record = {"step": step, "training_reward": training_reward, "reward": reward, "routes": routes}
     self.records.append(distributed.from_first("watch", record))
     verdict = judge(self.records, self._limits)
-    if model is not None and verdict.best == len(self.records) - 1:
+    if verdict.best == len(self.records) - 1:
       kept = model()
       distributed.on_first("best model", lambda: model_dir.save(os.path.join(self._job.workdir, "best"), kept))
-    distributed.on_first("watch", lambda: self._write(step, {} if label else routes, shown))
-    logging.info("watch %s: %s (%.0f s)", record["weights"], _line(routes), time.perf_counter() - begin)
+    distributed.on_first("watch", lambda: self._write(step, routes, shown))
+    logging.info("watch %d: %s (%.0f s)", step, _line(routes), time.perf_counter() - begin)
     return verdict
 
   def best(self, verdict: Verdict) -> tuple[int, Any]:
@@ -193,8 +186,7 @@ class Watch:
   def notes(self, verdict: Verdict) -> list[str]:
     """Sentences for the report: what the reward cost, from the first record to the best."""
     first, best = self.records[0], self.records[verdict.best]
-    which = best.get("weights", best["step"])
-    notes = [f"Weights of epoch {which}, the best of {len(self.records)} looks at held-out prompts."]
+    notes = [f"Weights of epoch {best['step']}, the best of {len(self.records)} looks at held-out prompts."]
     for name, found in best["routes"].items():
       start = first["routes"][name]
       notes.append(
@@ -205,12 +197,9 @@ class Watch:
     return notes
 
   def _write(self, step: int, routes: Mapping[str, Any], shown: Mapping[str, np.ndarray]) -> None:
-    """The records; of routes their curves and pictures, where there are any."""
     with open(f"{self._path}.partial", "w") as f:
       json.dump(self.records, f, indent=1)
     os.replace(f"{self._path}.partial", self._path)
-    if not routes:
-      return
     for name, found in routes.items():
       self._writer.scalars(step, {f"watch_{key}/{name}": found[key] for key in ("reward", "loss", "diversity")})
     captions = [row.text for row in self._rows[::_PER_PROMPT][:_SHOWN]]

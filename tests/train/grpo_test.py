@@ -145,28 +145,6 @@ class GrpoTest(absltest.TestCase):
     notes = snapshots.return_value.report.call_args.kwargs["notes"]
     self.assertEqual(notes[-1], "Stopped at epoch 2: it is a test.")
 
-  def test_weights_beyond_the_best_remain_where_a_look_says_so(self):
-    for taken in (1, 2):  # of two places beyond the last epoch's weights
-
-      def judge(records, limits, taken=taken):
-        del limits
-        looks = [i for i, record in enumerate(records) if record["weights"] in ("0", "1", "1 + 0.25", "1 + 0.5")]
-        return watch.Verdict(looks[: 2 + taken][-1], "")
-
-      workdir = self.workdir / str(taken)
-      changes = {"rollout": {"routes": "lite-f16"}, "train": {"epochs": 1}, "watch": {"beyond": "0.25, 0.5"}}
-      with mock.patch.object(watch, "judge", judge), mock.patch.object(grpo, "Snapshots") as snapshots:
-        grpo.run(self._changed(**changes), str(workdir))
-      records = json.loads((workdir / "watch.json").read_text())
-      self.assertEqual([record["weights"] for record in records], ["0", "1", "1 + 0.25", "1 + 0.5"])
-      self.assertNotEqual(records[1]["routes"], records[2]["routes"])
-      given, best = self._model(self.workdir.parent, "given"), self._model(workdir, "best")
-      share = 0.25 * taken
-      expected = jax.tree.map(lambda g, b, share=share: b + np.float32(share) * (b - g), given, best)
-      jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), self._model(workdir), expected)
-      notes = snapshots.return_value.report.call_args.kwargs["notes"]
-      self.assertStartsWith(notes[0], f"Weights of epoch 1 + {share:g}, the best of 4 looks")
-
   def test_a_checkpoint_holds_the_rewards_of_its_own_epochs(self):
     """It is written in the background, while the next epoch goes on."""
     held = []
@@ -229,10 +207,6 @@ class GrpoTest(absltest.TestCase):
       "unknown reward 'beauty'; there are .*scene_strict": {"rewards": {"weights": "beauty=1"}},
       "jpeg_size: expected a finite weight of at least 0": {"rewards": {"weights": "jpeg_size=-1"}},
       "config.prompts.tasks": {"prompts": {"tasks": "counts=1"}},
-      "config.watch.beyond: expected shares above 0 like '0.15,0.3', or nothing, got '0.2,far'": {
-        "watch": {"beyond": "0.2,far"}
-      },
-      "config.watch.beyond: expected shares above 0": {"watch": {"beyond": "-0.2"}},
       "config.train.epochs: expected at least 1 epoch, got 0": {"train": {"epochs": 0}},
       "config.data.size: 72 is not a multiple": {"data": {"size": 72}},
       "config.optimizer.learning_rate": {"optimizer": {"learning_rate": -1.0}},
