@@ -186,6 +186,9 @@ class OptimTest(parameterized.TestCase):
     ema, params = {"w": jnp.zeros(1)}, {"w": jnp.ones(1)}
     np.testing.assert_allclose(optim.ema_update(ema, params, 0, 0.999)["w"], 0.9, rtol=1e-6)
     np.testing.assert_allclose(optim.ema_update(ema, params, 10**6, 0.999)["w"], 0.001, rtol=1e-3)
+    same = {"w": jnp.linspace(-3.0, 3.0, 1000)}
+    for step in (0, 1, 7, 10**6):
+      np.testing.assert_array_equal(jax.jit(optim.ema_update)(same, same, step, 0.97)["w"], same["w"])
 
 
 if __name__ == "__main__":
