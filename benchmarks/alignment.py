@@ -5,14 +5,13 @@
 One run per variant (arguments of configs/grpo.py) and seed in OUT/VARIANT-SEED, each stopped at the first look after
 the given minutes of CPU time, all threads together. Writes OUT/alignment.json with the curves and OUT/alignment.md, one
 line per variant. On an accelerator give --wall: CPU time means little there. A finished run is not repeated; one that
-was interrupted begins again, because its clock is lost.
+was interrupted cannot go on, because its clock is lost.
 """
 
 import argparse
 import dataclasses
 import json
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -65,7 +64,7 @@ def measure(options: argparse.Namespace, variant: str, seed: int) -> dict[str, A
   """One run; returns its curves, and scores and losses of the trained routes before and after.
 
   Raises:
-    ValueError: there is a finished run of other options.
+    ValueError: there is a finished run of other options, or an interrupted one.
   """
   workdir = os.path.join(options.out, f"{variant.replace(',', '-')}-{seed}")
   done = os.path.join(workdir, "alignment.json")
@@ -73,10 +72,12 @@ def measure(options: argparse.Namespace, variant: str, seed: int) -> dict[str, A
   if os.path.isfile(done):
     with open(done) as f:
       found = json.load(f)
-    if found["options"] != given:
-      raise ValueError(f"{workdir} was measured with {found['options']}, not {given}; give another --out, or remove it")
+    if found.get("options") != given:
+      told = found.get("options", "options that it does not tell")
+      raise ValueError(f"{workdir} was measured with {told}, not {given}; give another --out, or remove it")
     return found
-  shutil.rmtree(workdir, ignore_errors=True)
+  if os.path.isdir(workdir):
+    raise ValueError(f"{workdir} was interrupted, and its clock is lost; remove it and give the same command again")
   config = grpo_config.get_config(variant).unlock()
   config.init, config.seed = options.init, seed
   default = grpo_config.get_config()

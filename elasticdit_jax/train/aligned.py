@@ -14,7 +14,7 @@ from elasticdit_jax.data import pipeline, scene_prompts
 from elasticdit_jax.elastic import Route, select_route
 from elasticdit_jax.flow import stochastic
 from elasticdit_jax.interop import model_dir
-from elasticdit_jax.train import distributed, losses, optim, phases, rewards, scoring, sharding
+from elasticdit_jax.train import distributed, losses, optim, phases, reward_local, rewards, scoring, sharding
 from elasticdit_jax.train import job as job_lib
 from elasticdit_jax.train import prompts as prompts_lib
 from elasticdit_jax.train.policy import Policy
@@ -182,7 +182,7 @@ def _read_prompts(config: Any) -> Prompts:
 
 def _check_captions(prompts: Prompts, names: Sequence[str]) -> None:
   """Scene rewards know no other captions; those of training would be asked for in the middle of the run."""
-  if not {"scene_strict", "scene_partial"} & set(names):
+  if not set(reward_local.SCENE) & set(names):
     return
   for rows in prompts.training.values():
     for row in rows:

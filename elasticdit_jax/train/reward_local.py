@@ -15,6 +15,8 @@ from PIL import Image
 from elasticdit_jax.data import scene_prompts
 from elasticdit_jax.evals import detector, scenes_score
 
+SCENE = ("scene_strict", "scene_partial")
+"""Names of `scene_scores`."""
 _JPEG_QUALITY = 95  # of DDPO's compression task
 
 

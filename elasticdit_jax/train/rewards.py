@@ -37,7 +37,7 @@ DEFAULTS = {
 
 
 LOCAL: dict[tuple[str, ...], Source] = {
-  ("scene_strict", "scene_partial"): reward_local.scene_scores,
+  reward_local.SCENE: reward_local.scene_scores,
   ("jpeg_size",): reward_local.jpeg_scores,
 }
 

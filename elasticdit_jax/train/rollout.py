@@ -80,8 +80,8 @@ class Drawn:
     scores: name -> float32 [B].
     advantage: float32 [B].
     held: how many of the last rows are those of Objective.anchor: B or 0.
-    velocity: float32 [M - held, h, w, C] at x, guided as the sampler was, of the weights that drew; None where the
-      sampler did not ask for it.
+    velocity: float32 [M - held, h, w, C] at x, guided as the sampler was, of the weights that drew; None where
+      the rows are not at steps of the sampler.
   """
 
   x: jax.Array

@@ -59,6 +59,9 @@ class AlignmentTest(absltest.TestCase):
     options.minutes = 5.0
     with self.assertRaisesRegex(ValueError, "was measured with .*'minutes': 1.0.* give another --out"):
       alignment.measure(options, "nft", 0)
+    (folder / "nft-1").mkdir()
+    with self.assertRaisesRegex(ValueError, "nft-1 was interrupted, and its clock is lost; remove it"):
+      alignment.measure(options, "nft", 1)
 
   def test_routes_that_are_not_trained_are_left_out(self):
     routes = elastic.standard_routes(4)

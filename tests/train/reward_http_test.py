@@ -6,6 +6,8 @@ import io
 import json
 import threading
 import time
+import urllib.error
+from unittest import mock
 
 import numpy as np
 from absl import logging
@@ -130,6 +132,17 @@ class HttpRewardTest(parameterized.TestCase):
       self._check(client(_IMAGES, _PROMPTS, _METADATA))
     self.assertRegex(logs.output[0], "is away .* the run waits for it and then goes on by itself")
     self.assertIn("is back", logs.output[-1])
+
+  def test_a_connection_that_breaks_inside_an_error_message(self):
+    class Broken(io.BytesIO):
+      def read(self, *args):
+        raise ConnectionResetError
+
+    client = reward_http.HttpReward("http://127.0.0.1:1", ("far", "wide"), retries=0)
+    client._opener = mock.Mock()
+    client._opener.open.side_effect = urllib.error.HTTPError(client.url, 500, "no memory", {}, Broken())
+    with self.assertRaisesRegex(ValueError, "HTTP 500 no memory: ConnectionResetError in the middle of its message"):
+      client(_IMAGES, _PROMPTS, _METADATA)
 
   def test_a_dead_server_pauses_until_another_takes_its_place(self):
     server = _Server()
