@@ -24,10 +24,16 @@ def of_steps(
 
 @functools.partial(jax.jit, static_argnames=("count", "times", "law", "layout"))
 def renoised(ends, key, count, times, law, layout) -> tuple[jax.Array, jax.Array, stochastic.Steps]:
-  """Batches [b, ...] of finished latents as (x_t, themselves, steps to them) of M = times x count rows."""
-  time_key, noise_key = jax.random.split(key)
+  """Batches [b, ...] of finished latents as (x_t, themselves, steps to them) of M = times x count rows.
+
+  path.sample_t gives neighbouring rows neighbouring times, and neighbouring pictures are of one prompt and one task:
+  which picture gets which times is drawn anew, lest an epoch sees a task at a narrow band of noise levels. The times
+  of a picture remain 1 / times of the law apart.
+  """
+  time_key, noise_key, order_key = jax.random.split(key, 3)
   mean, std, shift = law
-  t = path.sample_t(time_key, (times * count,), mean=mean, std=std, shift=shift)
+  t = path.sample_t(time_key, (times, count), mean=mean, std=std, shift=shift)
+  t = jax.random.permutation(order_key, t, axis=1).reshape(-1)
   goal = jnp.tile(jnp.concatenate(ends)[:count], (times, 1, 1, 1))
   return layout.keep_rows(_rows_at(t, goal, noise_key))
 
