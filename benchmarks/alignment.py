@@ -3,9 +3,10 @@
     python benchmarks/alignment.py --init=runs/uwco --variants nft fast --minutes=5
 
 One run per variant (arguments of configs/grpo.py) and seed in OUT/VARIANT-SEED, each stopped at the first look after
-the given minutes of CPU time, all threads together. Writes OUT/alignment.json with the curves and OUT/alignment.md, one
-line per variant. On an accelerator give --wall: CPU time means little there. A finished run is not repeated; one that
-was interrupted cannot go on, because its clock is lost.
+the given minutes of CPU time, all threads together. Writes OUT/alignment.md, one line per variant, OUT/alignment.json
+with the curves, and OUT/alignment.png with their picture (needs matplotlib: pip install '.[notebook]'). On an
+accelerator give --wall: CPU time means little there. A finished run is not repeated; one that was interrupted cannot go
+on, because its clock is lost.
 """
 
 import argparse
@@ -131,6 +132,36 @@ def _loss(routes: Mapping[str, Any]) -> float:
   return float(np.mean([route["loss"] for route in routes.values()]))
 
 
+def curves(runs: Sequence[Mapping[str, Any]], path: str) -> None:
+  """PNG: rewards of training, of held-out prompts, and the rise of the held-out loss over time; a line per run."""
+  try:
+    from matplotlib import figure
+  except ImportError:
+    logging.warning("no picture of the curves without matplotlib; pip install '.[notebook]'")
+    return
+  paper = figure.Figure(figsize=(15, 4.5), layout="constrained")
+  panels = paper.subplots(1, 3)
+  variants = list(dict.fromkeys(run["variant"] for run in runs))
+  for run in runs:
+    color = f"C{variants.index(run['variant'])}"
+    label = run["variant"] if run is next(r for r in runs if r["variant"] == run["variant"]) else None
+    for panel, values in zip(panels, _curves(run["records"]), strict=True):
+      panel.plot(np.array(run["seconds"]) / 60, values, color=color, label=label, alpha=0.8, linewidth=1.2)
+  titles = ("reward of training prompts", "reward of held-out prompts", "held-out flow-matching loss, rise in %")
+  for panel, title in zip(panels, titles, strict=True):
+    panel.set(title=title, xlabel="minutes of " + ("the clock" if runs[0]["options"]["wall"] else "CPU time"))
+    panel.grid(alpha=0.3)
+  panels[0].legend()
+  paper.savefig(path, dpi=100)
+
+
+def _curves(records: Sequence[watch.Record]) -> tuple[list[float], list[float], list[float]]:
+  """Per look: reward of training since the look before (NaN at first), held-out reward, loss over the first in %."""
+  losses = [np.mean([route["loss"] for route in record["routes"].values()]) for record in records]
+  training = [np.nan if r["training_reward"] is None else r["training_reward"] for r in records]
+  return training, [record["reward"] for record in records], [100 * (loss / losses[0] - 1) for loss in losses]
+
+
 def main() -> None:
   """Runs every variant and seed in turn, seeds outermost: there is a table early."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -155,6 +186,7 @@ def main() -> None:
         json.dump(runs, f, indent=1)
       with open(os.path.join(options.out, "alignment.md"), "w") as f:
         f.write(table(runs))
+      curves(runs, os.path.join(options.out, "alignment.png"))
       logging.info("\n%s", table(runs))
 
 

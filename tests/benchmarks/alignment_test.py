@@ -2,12 +2,14 @@
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import pathlib
 import sys
 import tempfile
 from unittest import mock
 
+import numpy as np
 from absl.testing import absltest
 
 from elasticdit_jax import elastic
@@ -46,6 +48,27 @@ class AlignmentTest(absltest.TestCase):
       ["nft", "2", "40", "0.60 ± 0.00", "65.00 ± 5.00", "15.00 ± 5.00", "30.00 ± 10.00", "2.00 ± 0.00"],
     )
     self.assertStartsWith(second, "| fast | 1 |")
+
+  def test_curves_are_relative_to_the_given_weights(self):
+    looks = [(None, 0.5, 0.3), (0.6, 0.7, 0.306), (0.8, 0.75, 0.315)]
+    records = [
+      {"step": i, "training_reward": training, "reward": reward, "routes": {"a": {"loss": loss}, "b": {"loss": loss}}}
+      for i, (training, reward, loss) in enumerate(looks)
+    ]
+    training, held_out, rise = alignment._curves(records)
+    np.testing.assert_equal(training, [np.nan, 0.6, 0.8])
+    self.assertEqual(held_out, [0.5, 0.7, 0.75])
+    np.testing.assert_allclose(rise, [0, 2, 5], atol=1e-9)
+    path = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) / "curves.png"
+    found = run("nft", 0, 0.1) | {"records": records, "seconds": [0.0, 60.0, 120.0], "options": {"wall": False}}
+    with mock.patch.dict(sys.modules, {"matplotlib": None}):
+      with self.assertLogs(level="WARNING") as told:
+        alignment.curves([found], str(path))
+    self.assertIn("pip install '.[notebook]'", told.output[0])
+    self.assertFalse(path.exists())
+    if importlib.util.find_spec("matplotlib"):
+      alignment.curves([found, found | {"variant": "fast"}], str(path))
+      self.assertEqual(path.read_bytes()[:4], b"\x89PNG")
 
   def test_a_finished_run_is_taken_for_no_other(self):
     folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
