@@ -51,10 +51,10 @@ def get_config(arg: str = "") -> ConfigDict:
   config.init = "shipped"
   config.model = ConfigDict({"remat": "none", "dtype": "float32"})
   config.data = ConfigDict({"source": "scenes", "path": "", "caption_field": "text", "size": 0})
-  config.prompts = ConfigDict(
-    {"file": "", "tasks": "counting=6,position=4,color_attr=3,colors=2,two_obj=2,single_obj=4", "held_out": 0.15}
-  )
+  # Tasks: say "counting=2,position=1"; empty: see train/prompts.py.
+  config.prompts = ConfigDict({"file": "", "tasks": "", "held_out": 0.15})
   config.rewards = ConfigDict({"weights": "scene_strict=0.5,scene_partial=0.5", "models": "", "servers": ""})
+  config.rewards.update({"batch_size": 64, "timeout": 120.0, "retries": 3, "patience": 86400.0, "threads": 2})
   config.rollout = ConfigDict({"routes": "max-f8+lite-f8,max-f16+lite-f16", "prompts": 24, "group": 8})
   config.rollout.update({"steps": 10, "guidance": 1.0, "noise": "sde", "level": 0.7})
   config.rollout.update({"window": 3, "first": 0, "last": -1, "batch": 32})

@@ -14,7 +14,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -34,7 +34,7 @@ TASKS = {
 # Tasks that write TensorBoard events, which --wandb mirrors.
 TRACKED_TASKS = ("uwco", "pretrain", "grpo", "vae")
 
-# Tasks that several processes can share.
+# Tasks that several processes can share; also the benchmarks of `evaluate`.
 SHARED_TASKS = ("uwco", "pretrain", "grpo")
 
 _REMEDIES = {
@@ -104,9 +104,9 @@ def main(name: str) -> None:
     _check_place(workdir)
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # compiled modules turn Ctrl-C into an ImportError
     _set_up_compiler(quick="debug" in name.split("-"))
-    distributed = importlib.import_module("elasticdit_jax.train.distributed")
+    distributed = importlib.import_module("elasticdit_jax.distributed")
     with distributed.joined(FLAGS.coordinator, FLAGS.processes, FLAGS.process) as count:
-      _check_shared(config.task, count)
+      _check_shared(config, count)
       task = importlib.import_module(TASKS[config.task])
       tracking = importlib.import_module("elasticdit_jax.train.tracking")
       signal.signal(signal.SIGINT, before)
@@ -155,12 +155,14 @@ def _set_up_logging() -> None:
   handler.setFormatter(python_logging.Formatter("%(levelname).1s %(asctime)s %(message)s", "%H:%M:%S"))
 
 
-def _check_shared(task: str, count: int) -> None:
-  if count > 1 and task not in SHARED_TASKS:
-    raise ValueError(
-      f"config.task: {task!r} runs in one process, here are {count}; start it on one host alone, or choose one of"
-      f" {', '.join(SHARED_TASKS)}"
-    )
+def _check_shared(config: Any, count: int) -> None:
+  if count > 1 and config.task not in SHARED_TASKS:
+    if "benchmark" not in config:
+      raise ValueError(
+        f"config.task: {config.task!r} runs in one process, here are {count}; start it on one host alone, or choose one"
+        f" of {', '.join(SHARED_TASKS)}, or a benchmark of evaluate"
+      )
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX keeps it for loops that ask for stops; files are whole anyway
 
 
 def _set_up_compiler(quick: bool) -> None:

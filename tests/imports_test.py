@@ -7,12 +7,14 @@ from absl.testing import absltest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "elasticdit_jax"
-_EVERYTHING_BUT_TRAIN = {"types", "elastic", "ops", "models", "flow", "data", "evals", "interop", "generate"}
+_BASE = {"types", "distributed", "elastic"}
+_EVERYTHING_BUT_TRAIN = _BASE | {"ops", "models", "flow", "data", "evals", "interop", "generate"}
 
 # Room or file at the root -> the rooms it may import, itself included.
 ALLOWED = {
   "types": set(),
   "elastic": set(),
+  "distributed": set(),
   "config_file": set(),
   "huge_pages": set(),
   "main": {"config_file", "huge_pages"},

@@ -11,6 +11,7 @@ import tempfile
 import time
 
 from absl.testing import absltest, parameterized
+from ml_collections import ConfigDict
 
 from elasticdit_jax import main
 
@@ -159,9 +160,11 @@ class MainTest(parameterized.TestCase):
 
   def test_a_task_of_one_process_is_refused_to_several(self):
     with self.assertRaisesRegex(ValueError, "config.task: 'vae' runs in one process, here are 4; .* uwco, pretrain"):
-      main._check_shared("vae", 4)
+      main._check_shared(ConfigDict({"task": "vae"}), 4)
+    with self.assertRaisesRegex(ValueError, "config.task: 'evaluate' runs in one process, .* or a benchmark"):
+      main._check_shared(ConfigDict({"task": "evaluate"}), 2)
     for task, count in (("uwco", 4), ("vae", 1)):
-      main._check_shared(task, count)
+      main._check_shared(ConfigDict({"task": task}), count)
 
   @parameterized.parameters(sorted(main.TASKS))
   def test_every_task_has_its_run(self, task):

@@ -7,7 +7,8 @@
 
 A picture is a function of (weights, route, prompt, its number, seed) and of the size of the batch, in which rounding
 differs. Batches are cut from the list of files before anything else, so that neither an interruption nor the number of
-hosts changes a picture. A file is there once it is whole: the same command again draws what is missing.
+hosts changes a picture. A file is there once it is whole: the same command again draws what is missing. Several hosts
+draw a share each, into one workdir, and process 0 waits for the last of them.
 """
 
 import dataclasses
@@ -28,11 +29,12 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from elasticdit_jax import generate
+from elasticdit_jax import distributed, generate
 from elasticdit_jax.evals import benchmark_scores, benchmark_tables, layouts, preference
 
 _JPEG_QUALITY = 75  # of Pillow where nobody names one, as in the evaluators' own examples
 _LOG_EVERY = 30.0  # seconds
+_WAIT = 7 * 86400  # seconds for the slowest host; one that dies is noticed within minutes
 _SAMPLING = ("steps", "guidance", "seed", "solver")
 
 
@@ -47,6 +49,7 @@ def run(config: Any, workdir: str) -> None:
 
   Raises:
     ValueError: in one line; nothing has been drawn then.
+    OSError: hosts do not share the disk of the workdir.
   """
   name = config.benchmark
   if name not in layouts.BENCHMARKS:
@@ -72,14 +75,19 @@ def run(config: Any, workdir: str) -> None:
     "weights": _digest([np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(pipeline.model.params)]),
     "routes": {route: _describe(pipeline.select(route)) for route in names},
   }
+  distributed.check_same("benchmark", described | {"--workdir": os.path.abspath(workdir)})
   _claim(workdir, described)
   for route in names:
     _draw(pipeline, route, settings, batches, os.path.join(workdir, route))
-  if jax.process_index() == 0:
+  distributed.barrier("pictures", _WAIT)
+
+  def conclude() -> None:
     for route in names:
       _explain(workdir, route, name, size, count)
     benchmark_scores.score(workdir, names, cells, models)
     benchmark_tables.write(workdir, [workdir])
+
+  distributed.on_first("tables", conclude, _WAIT)
 
 
 def _batches(cells: Sequence[layouts.Cell], batch_size: int) -> list[list[layouts.Cell]]:
@@ -132,9 +140,11 @@ def _claim(workdir: str, described: Mapping[str, Any]) -> None:
     routes = old["routes"] | routes
   elif os.path.isdir(workdir) and os.path.exists(os.path.join(workdir, "config.json")):
     raise ValueError(f"workdir: {workdir} holds a training run; choose another --workdir")
-  os.makedirs(workdir, exist_ok=True)
-  if jax.process_index() == 0:
-    _place(workdir, path, (json.dumps(dict(described) | {"routes": routes}, indent=1) + "\n").encode())
+  text = json.dumps(dict(described) | {"routes": routes}, indent=1) + "\n"
+  distributed.barrier("benchmark.json is read")
+  distributed.on_first("benchmark.json", lambda: _place(workdir, path, text.encode()))
+  if not os.path.exists(path):
+    raise OSError(f"{path} of process 0 is not there; give a --workdir on a disk that all hosts share")
 
 
 def _draw(

@@ -10,12 +10,13 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from elasticdit_jax import distributed
 from elasticdit_jax.data import pipeline, scene_prompts
 from elasticdit_jax.elastic import Route, select_route
 from elasticdit_jax.flow import stochastic
 from elasticdit_jax.interop import model_dir
-from elasticdit_jax.train import distributed, losses, optim, phases, reward_local, rewards, scoring, sharding
 from elasticdit_jax.train import job as job_lib
+from elasticdit_jax.train import losses, optim, phases, reward_local, rewards, scoring, sharding
 from elasticdit_jax.train import prompts as prompts_lib
 from elasticdit_jax.train.policy import Policy
 from elasticdit_jax.train.prompts import Prompt, Prompts
@@ -83,7 +84,7 @@ def objective_of(config: Any) -> losses.Objective:
 
 
 def prepare(config: Any, workdir: str) -> Setup:
-  """Reads the model, prompts and held-out pictures, asks the rewards for one score, and checks that all of it fits.
+  """Reads the model, prompts and held-out pictures, has every watched prompt scored once, and checks that all fits.
 
   Raises:
     ValueError: naming the field of the config that does not fit; nothing has been written.
@@ -101,11 +102,11 @@ def prepare(config: Any, workdir: str) -> Setup:
   prompts = _prompts(config, model)
   reward = scoring.together(lambda: rewards.from_config(config.rewards))
   _check_captions(prompts, reward.names)
-  job = _job(resolved, workdir, model, layout)
+  job = scoring.together(lambda: _job(resolved, workdir, model, layout))
   watched = prompts.held_out[: config.watch.prompts]
-  blank = np.zeros((1, job.config.data.size, job.config.data.size, 3), np.uint8)
+  blank = np.zeros((len(watched), job.config.data.size, job.config.data.size, 3), np.uint8)
   # A reward that does not know a prompt, or whose server is not there, says so now.
-  scoring.settle(reward, [reward.submit(blank, [each.text], [each.metadata]) for each in watched])
+  scoring.settle(reward, [reward.submit(blank, [row.text for row in watched], [row.metadata for row in watched])])
   limits = Limits(config.watch.loss, config.watch.diversity, config.watch.patience)
   return Setup(config, job, model.params, model.routes, groups, _plan(config), prompts, watched, reward, limits)
 
@@ -192,9 +193,14 @@ def _check_captions(prompts: Prompts, names: Sequence[str]) -> None:
         raise ValueError(f"config.prompts.file: {e}; scene rewards need captions of the embedded world") from None
 
 
+def _last(rollout: Any) -> int:
+  """The last step that a window may reach."""
+  return rollout.last if rollout.last >= 0 else rollout.steps - 2
+
+
 def _plan(config: Any) -> Plan:
   given = config.rollout
-  last = given.last if given.last >= 0 else given.steps - 2
+  last = _last(given)
   window = given.window or last - given.first + 1
   return Plan(
     given.group, given.steps, given.guidance, given.noise, given.level, window, given.first, last, given.batch
@@ -204,7 +210,7 @@ def _plan(config: Any) -> Plan:
 def _check(config: Any) -> None:
   """Ranges and combinations of the fields that only alignment has."""
   r, o, w = config.rollout, config.objective, config.watch
-  last = r.last if r.last >= 0 else r.steps - 2
+  last, of_steps = _last(r), r.noise != "ode"  # without noise pictures are trained at times of their own
   noise = ", ".join(_RULES.get(o.name, ()))
   level = 1.0 if r.noise == "cps" else math.inf
   for field, good, expected in (
@@ -219,11 +225,14 @@ def _check(config: Any) -> None:
       r.noise == "ode" or 0 < r.level <= level and r.level < math.inf,
       "noise above 0, up to 1 for cps",
     ),
+    ("rollout.first", of_steps or r.first == 0, "0 where no step has noise: there is no window to place"),
+    ("rollout.last", of_steps or r.last == -1, "-1 where no step has noise: there is no window to place"),
     ("rollout.first", 0 <= r.first <= last, f"a step from 0 to {last}"),
     ("rollout.last", last <= r.steps - 2, f"a step up to {r.steps - 2}; the last step is never trained"),
+    ("rollout.window", of_steps or r.window >= 1, "at least 1 time at which a picture is trained"),
     (
       "rollout.window",
-      0 <= r.window <= last - r.first + 1,
+      not of_steps or 0 <= r.window <= last - r.first + 1,
       f"at most the {last - r.first + 1} steps from first to last",
     ),
     ("rollout.batch", r.batch >= 1, "at least 1 picture at a time"),
@@ -246,6 +255,11 @@ def _check(config: Any) -> None:
     ("objective.lag", o.name == "nft" or o.lag == 0, "0 where it is not nft: the weights in training draw"),
     ("lora.rank", config.lora.rank >= 0, "0 for full weights, or a rank"),
     ("lora.alpha", config.lora.alpha > 0, "a positive number"),
+    (
+      "optimizer.name",
+      not config.lora.rank or config.optimizer.name != "muon",
+      "'adamw' for adapters: muon is for whole matrices of weights",
+    ),
     ("train.epochs", config.train.epochs >= 1, "at least 1 epoch"),
     ("watch.every", w.every >= 1, "at least 1 epoch"),
     ("watch.prompts", w.prompts >= 1, "at least 1 prompt"),

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
+from elasticdit_jax import distributed
 from elasticdit_jax.interop import weights
-from elasticdit_jax.train import distributed
 from elasticdit_jax.train.fingerprint import fingerprints_of
 from elasticdit_jax.train.workdir import lock
 

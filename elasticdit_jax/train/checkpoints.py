@@ -7,7 +7,8 @@
 
 RUN is the workdir of a run and is only read. export and import take the newest step, or --step=N, and only a step whose
 arrays are all as they were saved. A new run starts from an exported DIR with --config.init=DIR; import keeps step,
-optimiser state, data position and configuration as well: train NEW on with the command of RUN and --workdir=NEW.
+optimiser state, data position and configuration as well: train NEW on with the command of RUN and --workdir=NEW. Both
+are for uwco and pretrain: an alignment keeps its best weights as a whole model, RUN/best.
 """
 
 import dataclasses
@@ -122,8 +123,7 @@ def export_weights(workdir: str | os.PathLike, out: str | os.PathLike, step: int
     ValueError: where the step is damaged or holds no backbone, or `out` is not empty; nothing is written then.
   """
   stored = describe(workdir, step)
-  if not stored.routes:
-    raise ValueError(f"checkpoints: the run in {os.fspath(workdir)} has no routes; expected one of uwco or pretrain")
+  _check_run(stored, workdir)
   _check_new(out)
   ema = weights.unflatten(_read(stored, "ema"))["ema"]
   os.makedirs(out, exist_ok=True)
@@ -147,8 +147,7 @@ def import_weights(
   file = os.path.join(source, _WEIGHTS)
   given = weights.load_tree(file)
   shapes = weights.unflatten(stored.shapes)
-  if "ema" not in shapes or not stored.routes:
-    raise ValueError(f"checkpoints: the run in {os.fspath(workdir)} has no routes; expected one of uwco or pretrain")
+  _check_run(stored, workdir)
   weights.check_tree(shapes["ema"], given, file)
   depths = [next(iter(table.values())).depth for table in (routes, stored.routes)]
   if depths[0] != depths[1]:
@@ -186,6 +185,18 @@ def _read(stored: Stored, part: str) -> dict[str, jax.Array]:
   if changed:
     raise ValueError(f"checkpoints: step {stored.step} is damaged: {changed[0]} is not what was saved", changed)
   return flat
+
+
+def _check_run(stored: Stored, workdir: str | os.PathLike) -> None:
+  """Raises ValueError where a step is not of a run that trains a backbone on pictures."""
+  run = os.fspath(workdir)
+  if "rewards" in stored.meta:
+    raise ValueError(
+      f"checkpoints: {run} aligns a model; its best weights so far are a whole model already: give {run}/best, or"
+      f" {run}/model once it has ended, to --config.init, or copy it"
+    )
+  if not stored.routes:
+    raise ValueError(f"checkpoints: the run in {run} has no routes; expected one of uwco or pretrain")
 
 
 def _check_new(directory: str | os.PathLike) -> None:

@@ -21,10 +21,10 @@ import jax
 import numpy as np
 from absl import logging
 
-from elasticdit_jax import elastic
+from elasticdit_jax import distributed, elastic
 from elasticdit_jax.elastic import Route
 from elasticdit_jax.interop import model_dir
-from elasticdit_jax.train import aligned, distributed, interrupt, loop, optim
+from elasticdit_jax.train import aligned, interrupt, loop, optim
 from elasticdit_jax.train.checkpoint import Checkpointer, check_space
 from elasticdit_jax.train.policy import PolicyState
 from elasticdit_jax.train.prompts import Prompt
@@ -45,6 +45,7 @@ NEUTRAL = (
   "rollout.batch",
   "report.per_task",
   "rewards.servers",
+  *(f"rewards.{name}" for name in ("batch_size", "timeout", "retries", "patience", "threads")),
 )
 _OF_HOST = "rewards.servers"  # every host may ask one of its own
 _SILENT_EPOCHS = 20  # in a row in which no group had two different rewards
@@ -138,7 +139,7 @@ class Run:
       stop=config.train.epochs,
       log_every=config.train.log_every,
       save_every=config.train.save_every,
-      batch_size=config.rollout.prompts * plan.group * len(self.groups[0]),
+      batch_size=round(config.rollout.prompts * plan.group * np.mean([len(group) for group in self.groups])),
       resume_command=f"the same command with --workdir={self.job.workdir}",
       phase=lambda n: f"{config.task} {'+'.join(route.name for route in self._group(n))}",
       meta=lambda n: {

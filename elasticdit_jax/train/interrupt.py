@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import jax
 from absl import logging
 
-from elasticdit_jax.train import distributed
+from elasticdit_jax import distributed
 
 T = TypeVar("T")
 _open: list["Signals"] = []

@@ -22,6 +22,8 @@ from elasticdit_jax.data import scene_prompts
 from elasticdit_jax.data.text import split_words
 
 _FIELD = "config.prompts.tasks"
+# What the weights inside the package find hard comes often.
+_SCENES = "counting=6,position=4,color_attr=3,colors=2,two_obj=2,single_obj=4"
 _NO_TAG = "all"
 
 
@@ -84,13 +86,14 @@ def scenes(weights: str, held_out: float) -> Prompts:
   """Captions of the embedded world that training pictures may have.
 
   Args:
-    weights: "counting=7,position=5": relative frequency of tasks; a task that is not named is never drawn.
+    weights: "counting=7,position=5": relative frequency of tasks; a task that is not named is never drawn. "" for a
+      mixture in which hard tasks come often.
     held_out: share of each task's captions to hold out.
 
   Raises:
     ValueError: for an unknown task, a bad weight or share.
   """
-  parsed = scene_prompts.parse_weights(weights, scene_prompts.TASKS, _FIELD)
+  parsed = scene_prompts.parse_weights(weights or _SCENES, scene_prompts.TASKS, _FIELD)
   rows = [
     Prompt(spec.caption, spec.task, {"tag": spec.task, "prompt": spec.caption})
     for spec in scene_prompts.specs()

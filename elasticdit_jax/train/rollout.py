@@ -40,7 +40,8 @@ class Plan:
     steps: of the sampler.
     guidance: scale of classifier-free guidance; 1 switches it off.
     rule, level: noise of the steps, see flow.stochastic; rule "ode" draws none.
-    window: steps with noise, the ones that are trained; they lie within first..last.
+    window: steps with noise, the ones that are trained; they lie within first..last. For DiffusionNFT also the number
+      of times at which a picture is trained.
     batch: pictures computed at a time, and rows of one backward pass, over all devices.
   """
 
@@ -55,7 +56,9 @@ class Plan:
   batch: int
 
   def window_at(self, seed: int, epoch: int) -> int:
-    """First noisy step of an epoch, uniform over the places the window has."""
+    """First noisy step of an epoch, uniform over the places the window has; without noise it is anywhere."""
+    if self.rule == "ode":
+      return self.first
     places = self.last - self.first + 2 - self.window
     return self.first + int(np.random.default_rng([seed, epoch, 1]).integers(places))
 

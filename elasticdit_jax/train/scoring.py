@@ -17,7 +17,8 @@ import jax
 import numpy as np
 from absl import logging
 
-from elasticdit_jax.train import distributed, interrupt
+from elasticdit_jax import distributed
+from elasticdit_jax.train import interrupt
 from elasticdit_jax.train.rewards import Pending, Reward, Scores
 
 T = TypeVar("T")

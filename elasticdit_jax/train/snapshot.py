@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from elasticdit_jax import distributed
 from elasticdit_jax.elastic import Route
 from elasticdit_jax.evals import pictures, profile, report, scene_eval
 from elasticdit_jax.evals.validation import Validation
 from elasticdit_jax.generate import Pipeline
 from elasticdit_jax.interop import model_dir
-from elasticdit_jax.train import distributed
 from elasticdit_jax.train.importance import Importance
 from elasticdit_jax.train.job import Job
 from elasticdit_jax.train.writer import Writer

@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import logging
 
-from elasticdit_jax.train import distributed
+from elasticdit_jax import distributed
 
 _FINISH_SECONDS = 60.0
 

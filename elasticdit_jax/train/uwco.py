@@ -22,10 +22,10 @@ from typing import Any
 
 from absl import logging
 
-from elasticdit_jax import elastic
+from elasticdit_jax import distributed, elastic
 from elasticdit_jax.interop import model_dir
 from elasticdit_jax.models import dit
-from elasticdit_jax.train import distributed, guard, loop, optim, phases, state, step, throughput
+from elasticdit_jax.train import guard, loop, optim, phases, state, step, throughput
 from elasticdit_jax.train import importance as importance_lib
 from elasticdit_jax.train import job as job_lib
 from elasticdit_jax.train.checkpoint import Checkpointer, check_space

@@ -22,11 +22,11 @@ import jax
 import numpy as np
 from absl import logging
 
+from elasticdit_jax import distributed
 from elasticdit_jax.elastic import Route
 from elasticdit_jax.evals import pictures
 from elasticdit_jax.evals.diversity import diversity
 from elasticdit_jax.interop import model_dir, weights
-from elasticdit_jax.train import distributed
 from elasticdit_jax.train.job import Job
 from elasticdit_jax.train.prompts import Prompt
 from elasticdit_jax.train.rewards import Reward, combine
@@ -69,16 +69,22 @@ def judge(records: Sequence[Record], limits: Limits) -> Verdict:
     records: in order, {"step", "training_reward" (None in the first), "reward" (mean over routes), "routes": {name:
       {"loss", "diversity", ...}}}.
     limits: see Limits.
+
+  Raises:
+    ValueError: the first record holds numbers that are not finite.
   """
   broken = [_broken(record, records[0], limits) for record in records]
   good = [i for i, why in enumerate(broken) if not why]
+  if not good:
+    raise ValueError(f"config.init: the given weights are no start: {broken[0]}")
   best = max(good, key=lambda i: (records[i]["reward"], -i))
   if broken[-1]:
     return Verdict(best, broken[-1])
   recent = records[-limits.patience :]
-  if best + limits.patience < len(records) and best:
-    before = records[best]
-    if all(r["reward"] < before["reward"] and r["training_reward"] > before["training_reward"] for r in recent):
+  # Before the first look nothing was trained: what the given weights drew until the second one counts in its place.
+  if max(best, 1) + limits.patience < len(records):
+    before, least = records[best], records[max(best, 1)]["training_reward"]
+    if all(r["reward"] < before["reward"] and r["training_reward"] > least for r in recent):
       return Verdict(
         best,
         f"the reward of held-out prompts has been below that of step {before['step']} {limits.patience} times"

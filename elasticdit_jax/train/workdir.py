@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from elasticdit_jax.train import distributed
+from elasticdit_jax import distributed
 
 
 def check_workdir(

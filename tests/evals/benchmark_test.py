@@ -14,7 +14,7 @@ from absl.testing import absltest, parameterized
 from PIL import Image
 
 from configs import evaluate as evaluate_config
-from elasticdit_jax import generate
+from elasticdit_jax import distributed, generate
 from elasticdit_jax.evals import benchmark, evaluate, layouts, preference
 from elasticdit_jax.interop import model_dir
 from tests.evals import official_readers, tiny_model
@@ -65,9 +65,12 @@ class BenchmarkTest(parameterized.TestCase):
 
   @contextlib.contextmanager
   def _host(self, index, count):
-    with absltest.mock.patch.object(jax, "process_index", lambda: index):
-      with absltest.mock.patch.object(jax, "process_count", lambda: count):
-        yield
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(absltest.mock.patch.object(jax, "process_index", lambda: index))
+      stack.enter_context(absltest.mock.patch.object(jax, "process_count", lambda: count))
+      meet = absltest.mock.patch.object(distributed, "exchange", lambda name, value="", seconds=0: [value] * count)
+      stack.enter_context(meet)
+      yield
 
   def test_geneval_as_its_evaluator_reads_it(self):
     self._run(prompts=self.prompts, count=2, routes="all")
@@ -97,11 +100,11 @@ class BenchmarkTest(parameterized.TestCase):
       self._run(prompts=self.prompts, count=2)
     self.assertEqual(drawn.call_count, 2)  # of three batches
     self.assertEqual(_snapshot(self.workdir), whole)
-    for index in (1, 0):
+    with self._host(1, 2), self.assertRaisesRegex(OSError, "on a disk that all hosts share"):
+      self._run(prompts=self.prompts, count=2, workdir=f"{self.directory}/shared")
+    for index in (0, 1):
       with self._host(index, 2):
         self._run(prompts=self.prompts, count=2, workdir=f"{self.directory}/shared")
-      if index:
-        self.assertFalse(os.path.exists(f"{self.directory}/shared/benchmark.json"))
     self.assertEqual(_snapshot(f"{self.directory}/shared"), whole)
     with absltest.mock.patch.object(jax, "local_devices", lambda: 3 * jax.devices()):
       self._run(prompts=self.prompts, count=2, workdir=f"{self.directory}/devices")

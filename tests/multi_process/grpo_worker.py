@@ -20,7 +20,8 @@ import numpy as np
 from absl import logging
 
 from configs import grpo as config_file
-from elasticdit_jax.train import distributed, grpo, interrupt, rewards, scoring, sharding
+from elasticdit_jax import distributed
+from elasticdit_jax.train import grpo, interrupt, rewards, scoring, sharding
 from tests.multi_process.train_worker import changed
 
 

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elasticdit_jax.train import checkpoint, distributed, loop, sharding
+from elasticdit_jax import distributed
+from elasticdit_jax.train import checkpoint, loop, sharding
 
 STOP = 200
 

@@ -16,7 +16,8 @@ import jax
 from absl import logging
 
 from configs import uwco as config_file
-from elasticdit_jax.train import distributed, loop, uwco
+from elasticdit_jax import distributed
+from elasticdit_jax.train import loop, uwco
 from tests.train import small
 
 

@@ -153,6 +153,16 @@ class CheckpointsTest(parameterized.TestCase):
       checkpoints.import_weights(source, self.run_dir, self.out)
     self.assertFalse(os.path.exists(self.out))
 
+  def test_an_alignment_names_its_model_instead(self):
+    os.makedirs(self.run_dir)
+    with checkpoint.Checkpointer(self.run_dir) as saver:
+      saver.save(4, _state(4), {"phase": "nft", "routes": elastic.routes_to_json(_ROUTES), "rewards": []})
+    with self.assertRaisesRegex(ValueError, "run aligns a model; .*: give .*/run/best, .* to --config.init"):
+      checkpoints.export_weights(self.run_dir, self.out)
+    with self.assertRaisesRegex(ValueError, "run aligns a model"):
+      checkpoints.import_weights(self._exported_elsewhere(), self.run_dir, self.out)
+    self.assertFalse(os.path.exists(self.out))
+
   @parameterized.parameters((), ("list",), ("lsit", "x"), ("export", "x"))
   def test_wrong_usage_says_what_there_is(self, *arguments):
     with self.assertRaisesRegex(checkpoints.app.UsageError, "list RUN, verify RUN, export RUN DIR, import DIR RUN NEW"):

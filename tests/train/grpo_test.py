@@ -194,6 +194,16 @@ class GrpoTest(absltest.TestCase):
         "objective": {"name": "grpo-guard"},
         "rollout": {"noise": "cps"},
       },
+      "config.rollout.first: expected 0 where no step has noise": {
+        "objective": {"name": "nft", "divergence": "v"},
+        "rollout": {"noise": "ode", "first": 1},
+      },
+      "config.rollout.window: expected at least 1 time": {
+        "objective": {"name": "nft", "divergence": "v"},
+        "rollout": {"noise": "ode", "window": 0},
+      },
+      "config.optimizer.name: expected 'adamw' for adapters": {"optimizer": {"name": "muon"}, "lora": {"rank": 2}},
+      "rewards.timeout: expected a positive number": {"rewards": {"timeout": 0.0, "servers": "x=http://127.0.0.1:9"}},
       "config.objective.name: expected one of grpo, grpo-guard, nft, got 'ppo'": {"objective": {"name": "ppo"}},
       "config.objective.guidance: expected 1 where objective.kl is 0": {"objective": {"guidance": 1.5, "kl": 0.0}},
       "config.objective.guidance: expected 1 where rollout.guidance is not": {

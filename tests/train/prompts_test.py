@@ -87,6 +87,11 @@ class FileTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, f"config.prompts.tasks: {message}"):
       prompts.scenes(weights, 0.15)
 
+  def test_without_weights_hard_tasks_come_often(self):
+    found = prompts.scenes("", 0.15)
+    self.assertCountEqual(found.weights, scene_prompts.TASKS)
+    self.assertEqual(max(found.weights, key=found.weights.get), "counting")
+
   def test_bad_share(self):
     with self.assertRaisesRegex(ValueError, "config.prompts.held_out: expected a share above 0 and below 1, got 0"):
       prompts.scenes(TASKS, 0.0)

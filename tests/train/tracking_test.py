@@ -8,7 +8,8 @@ from unittest import mock
 from absl.testing import absltest
 from ml_collections import ConfigDict
 
-from elasticdit_jax.train import distributed, tracking
+from elasticdit_jax import distributed
+from elasticdit_jax.train import tracking
 
 
 class WandbError(Exception):

@@ -33,6 +33,15 @@ class JudgeTest(absltest.TestCase):
     self.assertEqual(verdict.best, 1)
     self.assertIn("below that of step 10 2 times while the training reward rose", verdict.stop)
 
+  def test_held_out_reward_that_only_falls(self):
+    rows = records((0.5, None, 0.3, 0.2), (0.45, 0.6, 0.3, 0.2), (0.4, 0.7, 0.3, 0.2), (0.35, 0.8, 0.3, 0.2))
+    self.assertEqual(watch.judge(rows[:3], LIMITS), watch.Verdict(0, ""))
+    verdict = watch.judge(rows, LIMITS)
+    self.assertEqual(verdict.best, 0)
+    self.assertIn("below that of step 0 2 times while the training reward rose", verdict.stop)
+    rows[3]["training_reward"] = 0.6
+    self.assertEqual(watch.judge(rows, LIMITS), watch.Verdict(0, ""))
+
   def test_both_rewards_that_fall_are_noise_or_a_low_point(self):
     rows = records((0.5, None, 0.3, 0.2), (0.6, 0.6, 0.3, 0.2), (0.55, 0.5, 0.3, 0.2), (0.58, 0.55, 0.3, 0.2))
     self.assertEqual(watch.judge(rows, LIMITS).stop, "")
@@ -50,6 +59,10 @@ class JudgeTest(absltest.TestCase):
       verdict = watch.judge(records((0.5, None, 0.3, 0.2), (0.9, 0.9, loss, diversity)), LIMITS)
       self.assertEqual(verdict.best, 0)
       self.assertIn("is nan", verdict.stop)
+
+  def test_given_weights_that_are_broken_are_no_start(self):
+    with self.assertRaisesRegex(ValueError, "config.init: the given weights are no start: .*max-f8 is nan"):
+      watch.judge(records((0.5, None, float("nan"), 0.2)), LIMITS)
 
   def test_equal_rewards_keep_the_earlier_model(self):
     rows = records((0.6, None, 0.3, 0.2), (0.6, 0.55, 0.3, 0.2))

@@ -6,7 +6,7 @@ from unittest import mock
 
 from absl.testing import absltest, parameterized
 
-from elasticdit_jax.train import distributed
+from elasticdit_jax import distributed
 
 
 class DistributedTest(parameterized.TestCase):
