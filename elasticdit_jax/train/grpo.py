@@ -67,7 +67,7 @@ def run(config: Any, workdir: str) -> None:
 
   Raises:
     ValueError: for a config or a workdir that does not fit; nothing has been written or drawn then.
-    SystemExit: with code 0, where a stop is asked for while the first scores of a reward server are waited for.
+    SystemExit: with code 0, where one of several processes is asked to stop while the first scores are waited for.
   """
   check_workdir(workdir, config, NEUTRAL, _absent(config))
   fields = {name: value for name, value in flat_fields(config).items() if name != _OF_HOST}

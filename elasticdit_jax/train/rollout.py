@@ -268,7 +268,7 @@ class Sampler:
     return rows_lib.renoised(ends, key, count, self.plan.window, self._law(route), self._job.layout)
 
   def _law(self, route: Route) -> tuple[float, float, float]:
-    """Of times in training: mean, std and shift of path.sample_t."""
+    """Of new times: mean, std and shift of path.sample_t."""
     rows, columns = self.grid(route)
     flow = self._job.flow
     return flow.mean, flow.std, flow.shift_at(rows * columns // self._job.cfg.patch**2)
