@@ -163,7 +163,12 @@ class Run:
     key = jax.random.fold_in(jax.random.fold_in(state.key, 1), n)
     drawing = self.policy.weights(state.params if state.old is None else state.old, state.reference)
     first = self.setup.plan.window_at(self.config.seed, n)
-    drawn = {r: self.sampler.rollout(drawing, prompts, r, key, first) for r in self._group(n)}
+    try:
+      drawn = {r: self.sampler.rollout(drawing, prompts, r, key, first) for r in self._group(n)}
+    except TimeoutError:  # of several processes one hangs or is gone: there is no saving without it
+      raise
+    except (ValueError, OSError) as e:  # rewards that came to nothing, on all processes: see scoring.settle
+      raise interrupt.FailedError from e
     with self.job.layout.active():
       state, sums = self._updates(state, drawing, drawn, n)
     state = self.policy.move_old(state)

@@ -22,6 +22,10 @@ class StopError(Exception):
   """Ends a step, or what happens between two, that waits while a stop is asked for; it has changed nothing yet."""
 
 
+class FailedError(Exception):
+  """Ends a step with the error that is its cause, on all processes alike; it has changed nothing yet."""
+
+
 def requested() -> bool:
   """Whether the run is asked to stop, for a step that waits; of several processes all must ask equally often."""
   return distributed.stop_requested() or any(signals.received for signals in _open)

@@ -83,7 +83,7 @@ def run(
     state: any tree of arrays; `step_fn` may donate it.
     make_batches: called with a position in the data, `start + skipped`; the batches from there on.
     step_fn: (state, batch, step) -> (state, scalar metrics by name). It chooses its compiled function by step. Where it
-      waits for something outside, it may raise interrupt.StopError before it has changed anything.
+      waits for something outside, it may raise interrupt.StopError or FailedError before it has changed anything.
     settings: see `Settings`.
     start: completed steps, as restored.
     skipped: batches passed over by rollbacks so far, as restored.
@@ -96,7 +96,8 @@ def run(
       settings.guard.rollbacks, only once these are used up.
     KeyboardInterrupt: after Ctrl-C, once the step is finished and saved.
     SystemExit: with code 0, after SIGTERM, likewise.
-    Exception: what `make_batches` and its batches raise, once the steps before are saved.
+    Exception: what `make_batches` and its batches raise, or the cause of a FailedError, once the steps before are
+      saved.
     OSError: where the disk has no room for a checkpoint at the start or at the end; one between is tried again later.
   """
   if checkpoint is not None:
@@ -180,10 +181,12 @@ class _Run:
   ) -> tuple[State, Metrics]:
     try:
       return self.step_fn(state, batch, step)
-    except interrupt.StopError:
+    except (interrupt.StopError, interrupt.FailedError) as e:
       if step > start:
         booked.save(step, state, required=True)
       booked.say_how_to_resume(step)
+      if isinstance(e, interrupt.FailedError):
+        raise e.__cause__ from None
       signals.leave()
 
   def _hook(self, state: State, step: int, start: int, booked: progress.Progress, signals: interrupt.Signals) -> State:

@@ -244,6 +244,24 @@ class GrpoTest(absltest.TestCase):
         grpo.run(self.config, str(self.workdir))
     self.assertFalse(self.workdir.exists())
 
+  def test_a_reward_that_fails_on_the_way_costs_no_epoch_before(self):
+    config, calls = self._changed(train={"save_every": 100}, watch={"every": 100}), []
+
+    def breaks(images, prompts, metadata):
+      calls.append(len(prompts))
+      return {"jpeg_size": np.full(len(images), np.nan) if len(calls) == 6 else images.mean((1, 2, 3), np.float32)}
+
+    with mock.patch.object(grpo, "Snapshots"), mock.patch.dict(rewards.LOCAL, {("jpeg_size",): breaks}):
+      with self.assertRaisesRegex(ValueError, "reward 'jpeg_size': 4 of 4 values are not finite"):
+        grpo.run(config, str(self.workdir))
+      failed = [int(p.name) for p in (self.workdir / "checkpoints").iterdir()]
+      grpo.run(config, str(self.workdir))
+      whole, other = self._model(self.workdir), self.workdir.parent / "other"
+      grpo.run(config, str(other))
+    self.assertIn(max(failed), (1, 2, 3))
+    for got, want in zip(jax.tree.leaves(whole), jax.tree.leaves(self._model(other)), strict=True):
+      np.testing.assert_array_equal(got, want)
+
   def test_every_variant_fits_the_weights_inside_the_package(self):
     for arg in ("", "paper", "fast", "cps", "guard", "nft,lora"):
       config = grpo_config.get_config(arg).unlock()
