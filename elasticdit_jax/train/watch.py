@@ -66,8 +66,8 @@ def judge(records: Sequence[Record], limits: Limits) -> Verdict:
   """What the records say; a pure function, so that a resumed run decides alike.
 
   Args:
-    records: in order, {"step", "training_reward" (None in the first), "reward" (mean over routes), "routes": {name:
-      {"loss", "diversity", ...}}}.
+    records: in order, {"step", "training_reward" (None in the first), "reward" (mean over routes), "error" (standard
+      error of that; older runs have none), "routes": {name: {"loss", "diversity", ...}}}.
     limits: see Limits.
 
   Raises:
@@ -77,7 +77,7 @@ def judge(records: Sequence[Record], limits: Limits) -> Verdict:
   good = [i for i, why in enumerate(broken) if not why]
   if not good:
     raise ValueError(f"config.init: the given weights are no start: {broken[0]}")
-  best = max(good, key=lambda i: (records[i]["reward"], -i))
+  best = _best(records, good)
   if broken[-1]:
     return Verdict(best, broken[-1])
   recent = records[-limits.patience :]
@@ -91,6 +91,20 @@ def judge(records: Sequence[Record], limits: Limits) -> Verdict:
         " while the training reward rose",
       )
   return Verdict(best, "")
+
+
+def _best(records: Sequence[Record], good: Sequence[int]) -> int:
+  """The last of `good` that the highest reward does not beat by more than chance; the given weights where they have it.
+
+  The highest of many looks is a lucky one. As long as a run is within its limits and not seen to fall, longer training
+  is the better guess; but weights that nothing has beaten stay as they are.
+  """
+  highest = max(good, key=lambda i: (records[i]["reward"], -i))
+  if not highest:
+    return 0
+  least = records[highest]["reward"]
+  near = [i for i in good if i > highest and records[i]["reward"] >= least - records[i].get("error", 0.0)]
+  return max((i for i in near if records[i]["reward"] > records[0]["reward"]), default=highest)
 
 
 def _broken(record: Record, first: Record, limits: Limits) -> str:
@@ -146,7 +160,7 @@ class Watch:
   def look(
     self, step: int, params: Any, model: Callable[[], model_dir.Model], training_reward: float | None
   ) -> Verdict:
-    """Measures, writes a record, and keeps the model where it is the best so far.
+    """Measures, writes a record, and keeps the model where the verdict falls on it.
 
     Args:
       step: completed epochs.
@@ -154,10 +168,11 @@ class Watch:
       model: makes the same with everything around, to keep; called on all processes or on none.
       training_reward: mean over the epochs since the last look; None at the start.
     """
-    begin, routes, shown = time.perf_counter(), {}, {}
+    begin, routes, shown, variances = time.perf_counter(), {}, {}, []
     for route in self._routes:
       images, scores = self._sampler.pictures(params, self._rows, route, self._key)
       total = combine(scores, self._reward.weights)
+      variances.append(total.var() / len(total))
       shown[route.name] = images[::_PER_PROMPT][:_SHOWN]
       routes[route.name] = {
         "reward": float(total.mean()),
@@ -166,7 +181,8 @@ class Watch:
         "diversity": diversity(images.reshape(-1, _PER_PROMPT, *images.shape[1:])),
       }
     reward = float(np.mean([found["reward"] for found in routes.values()]))
-    record = {"step": step, "training_reward": training_reward, "reward": reward, "routes": routes}
+    error = float(np.sqrt(np.sum(variances)) / len(routes))
+    record = {"step": step, "training_reward": training_reward, "reward": reward, "error": error, "routes": routes}
     self.records.append(distributed.from_first("watch", record))
     verdict = judge(self.records, self._limits)
     if verdict.best == len(self.records) - 1:
@@ -192,7 +208,7 @@ class Watch:
   def notes(self, verdict: Verdict) -> list[str]:
     """Sentences for the report: what the reward cost, from the first record to the best."""
     first, best = self.records[0], self.records[verdict.best]
-    notes = [f"Weights of epoch {best['step']}, the best of {len(self.records)} looks at held-out prompts."]
+    notes = [f"Weights of epoch {best['step']}, chosen by {len(self.records)} looks at held-out prompts."]
     for name, found in best["routes"].items():
       start = first["routes"][name]
       notes.append(

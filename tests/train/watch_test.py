@@ -60,6 +60,25 @@ class JudgeTest(absltest.TestCase):
       self.assertEqual(verdict.best, 0)
       self.assertIn("is nan", verdict.stop)
 
+  def test_of_looks_that_chance_may_have_ordered_the_last_one_counts(self):
+    rows = records((0.5, None, 0.3, 0.2), (0.62, 0.6, 0.3, 0.2), (0.605, 0.7, 0.3, 0.2), (0.59, 0.8, 0.3, 0.2))
+    for row in rows:
+      row["error"] = 0.02
+    self.assertEqual(watch.judge(rows, LIMITS), watch.Verdict(2, ""))
+    rows[3]["routes"]["max-f8"]["loss"], rows[3]["reward"] = 0.4, 0.61  # beyond its limits
+    self.assertEqual(watch.judge(rows, LIMITS).best, 2)
+    for row in rows:
+      del row["error"]
+    self.assertEqual(watch.judge(rows[:3], LIMITS).best, 1)
+
+  def test_given_weights_that_nothing_has_beaten_stay(self):
+    rows = records((0.5, None, 0.3, 0.2), (0.51, 0.6, 0.3, 0.2), (0.495, 0.7, 0.3, 0.2))
+    for row in rows:
+      row["error"] = 0.02
+    self.assertEqual(watch.judge(rows, LIMITS).best, 1)  # the last one is below what was given
+    rows[1]["reward"] = 0.5
+    self.assertEqual(watch.judge(rows, LIMITS).best, 0)
+
   def test_given_weights_that_are_broken_are_no_start(self):
     with self.assertRaisesRegex(ValueError, "config.init: the given weights are no start: .*max-f8 is nan"):
       watch.judge(records((0.5, None, float("nan"), 0.2)), LIMITS)
