@@ -12,9 +12,9 @@ Rewards are exact: the detector of the embedded scenes, objects nobody asked for
 report.md in the workdir: scores before and after, on combinations of training and on held-out ones, and what the
 reward cost: flow-matching loss of held-out pictures and diversity. docs/alignment.md explains the fields.
 
-The default is DiffusionNFT. 160 epochs take 21 to 23 minutes on one CPU core. Strict score on unseen combinations
+The default is DiffusionNFT. 160 epochs take 21 to 23 minutes on one fast CPU core. Strict score on unseen combinations
 without guidance, before and after, mean of three seeds:
-max-f8 72 and 85, lite-f8 60 and 80, max-f16 69 and 80, lite-f16 55 and 72;
+max-f8 72 and 86, lite-f8 60 and 79, max-f16 69 and 79, lite-f16 55 and 72;
 held-out flow-matching loss up 3 to 4 %. Flow-GRPO, with GRPO-Guard's ratios, along the f8 pair, 35 minutes on one
 core and less with a device of each of two: mean of three seeds max-f8 72 and 82, lite-f8 60 and 73, loss up 2 to 3 %:
 
