@@ -144,7 +144,7 @@ def curves(runs: Sequence[Mapping[str, Any]], path: str) -> None:
   variants = list(dict.fromkeys(run["variant"] for run in runs))
   for run in runs:
     color = f"C{variants.index(run['variant'])}"
-    label = run["variant"] if run is next(r for r in runs if r["variant"] == run["variant"]) else None
+    label = run["variant"] if run["seed"] == 0 else None
     for panel, values in zip(panels, _curves(run["records"]), strict=True):
       panel.plot(np.array(run["seconds"]) / 60, values, color=color, label=label, alpha=0.8, linewidth=1.2)
   titles = ("reward of training prompts", "reward of held-out prompts", "held-out flow-matching loss, rise in %")

@@ -107,6 +107,8 @@ def main(name: str) -> None:
     distributed = importlib.import_module("elasticdit_jax.distributed")
     with distributed.joined(FLAGS.coordinator, FLAGS.processes, FLAGS.process) as count:
       _check_shared(config, count)
+      if count > 1 and config.task not in SHARED_TASKS:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX keeps it for loops, which ask; files are whole anyway
       task = importlib.import_module(TASKS[config.task])
       tracking = importlib.import_module("elasticdit_jax.train.tracking")
       signal.signal(signal.SIGINT, before)
@@ -156,13 +158,11 @@ def _set_up_logging() -> None:
 
 
 def _check_shared(config: Any, count: int) -> None:
-  if count > 1 and config.task not in SHARED_TASKS:
-    if "benchmark" not in config:
-      raise ValueError(
-        f"config.task: {config.task!r} runs in one process, here are {count}; start it on one host alone, or choose one"
-        f" of {', '.join(SHARED_TASKS)}, or a benchmark of evaluate"
-      )
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX keeps it for loops that ask for stops; files are whole anyway
+  if count > 1 and config.task not in SHARED_TASKS and "benchmark" not in config:
+    raise ValueError(
+      f"config.task: {config.task!r} runs in one process, here are {count}; start it on one host alone, or choose one"
+      f" of {', '.join(SHARED_TASKS)}, or a benchmark of evaluate"
+    )
 
 
 def _set_up_compiler(quick: bool) -> None:

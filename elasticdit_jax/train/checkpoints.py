@@ -195,7 +195,7 @@ def _check_run(stored: Stored, workdir: str | os.PathLike) -> None:
       f"checkpoints: {run} aligns a model; its best weights so far are a whole model already: give {run}/best, or"
       f" {run}/model once it has ended, to --config.init, or copy it"
     )
-  if not stored.routes:
+  if not stored.routes or not any(name.startswith("ema/") for name in stored.shapes):
     raise ValueError(f"checkpoints: the run in {run} has no routes; expected one of uwco or pretrain")
 
 

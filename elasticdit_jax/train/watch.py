@@ -102,9 +102,9 @@ def _best(records: Sequence[Record], good: Sequence[int]) -> int:
   highest = max(good, key=lambda i: (records[i]["reward"], -i))
   if not highest:
     return 0
-  least = records[highest]["reward"]
-  near = [i for i in good if i > highest and records[i]["reward"] >= least - records[i].get("error", 0.0)]
-  return max((i for i in near if records[i]["reward"] > records[0]["reward"]), default=highest)
+  top, given = records[highest]["reward"], records[0]["reward"]
+  later = [(i, records[i]) for i in good if i >= highest]
+  return max(i for i, r in later if r["reward"] > given and r["reward"] >= top - r.get("error", 0.0))
 
 
 def _broken(record: Record, first: Record, limits: Limits) -> str:

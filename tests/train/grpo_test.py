@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 from unittest import mock
 
 import jax
@@ -240,8 +241,9 @@ class GrpoTest(absltest.TestCase):
       return {"jpeg_size": np.full(len(images), np.nan)}
 
     with mock.patch.dict(rewards.LOCAL, {("jpeg_size",): nan}):
-      with self.assertRaisesRegex(ValueError, "reward 'jpeg_size': 1 of 1 values are not finite"):
-        grpo.run(self.config, str(self.workdir))
+      # One request for all prompts that are watched.
+      with self.assertRaisesRegex(ValueError, "reward 'jpeg_size': 2 of 2 values are not finite"):
+        grpo.run(self._changed(watch={"prompts": 2}), str(self.workdir))
     self.assertFalse(self.workdir.exists())
 
   def test_a_reward_that_fails_on_the_way_costs_no_epoch_before(self):
@@ -261,6 +263,15 @@ class GrpoTest(absltest.TestCase):
     self.assertIn(max(failed), (1, 2, 3))
     for got, want in zip(jax.tree.leaves(whole), jax.tree.leaves(self._model(other)), strict=True):
       np.testing.assert_array_equal(got, want)
+
+  def test_rates_count_the_pictures_of_all_groups(self):
+    plan, job = types.SimpleNamespace(group=2), types.SimpleNamespace(workdir="")
+    setup = types.SimpleNamespace(config=self.config, job=job, plan=plan, groups=(("a", "b"), ("c",)))
+    self.assertEqual(grpo.Run(setup)._settings().batch_size, 2 * 2 * 1.5)
+
+  def test_the_config_has_the_defaults_of_rewards(self):
+    given = grpo_config.get_config().rewards.to_dict()
+    self.assertEqual(given, rewards.DEFAULTS | {"weights": given["weights"]})
 
   def test_every_variant_fits_the_weights_inside_the_package(self):
     for arg in ("", "paper", "fast", "cps", "guard", "nft,lora"):
